@@ -1,0 +1,31 @@
+"""Which rewrites does rgc bring, in which order are they tried, and which of them need a fixed input size?"""
+
+from rgc.passes.absorb_residual import absorb_residual
+from rgc.passes.collapse import collapse
+from rgc.passes.drop_identity import drop_identity
+from rgc.passes.fold_batchnorm import fold_batchnorm
+from rgc.passes.fold_scale import fold_scale
+from rgc.passes.hygiene import hygiene
+from rgc.passes.merge_branches import merge_branches
+from rgc.passes.merge_pointwise import merge_pointwise
+from rgc.passes.merge_stage import merge_stage
+from rgc.passes.remove_linear_activation import remove_linear_activation
+
+#: Every built-in pass, in the order in which they are tried at a value.
+ALL = (
+    hygiene,
+    remove_linear_activation,
+    drop_identity,
+    fold_batchnorm,
+    fold_scale,
+    merge_pointwise,
+    merge_stage,
+    absorb_residual,
+    merge_branches,
+    collapse,
+)
+
+#: Exact for any input size: all but what can only be said at a fixed one.
+DEFAULT = tuple(each for each in ALL if each is not collapse)
+
+__all__ = ["ALL", "DEFAULT"]

@@ -1,0 +1,71 @@
+"""A convolution followed by a frozen batch norm is one convolution: s(Wx + b - m) + t = (sW)x + s(b - m) + t.
+
+Before a convolution, W(s x + t) = (W s)x + W t: exact where the convolution pads nothing; with zero padding the ring
+around the batch norm's output is 0 and not t, which takes a bias map at a fixed size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rgc import BatchNorm, Conv, Value, compose, require, rewrite
+
+
+@rewrite(lambda x, conv, bn: bn(conv(x)))
+def fold_batchnorm(x: Value, conv: Conv, bn: BatchNorm) -> Value:
+    require(not bn.training, "batch norm still uses batch statistics; call model.eval() first")
+    return (bn.as_linear() @ conv)(x)
+
+
+@fold_batchnorm.also(lambda x, bn, conv: conv(bn(x)))
+def fold_batchnorm_before(x: Value, bn: BatchNorm, conv: Conv) -> Value:
+    require(not bn.training, "batch norm still uses batch statistics; call model.eval() first")
+    return compose(conv, bn.as_linear(), x.tensor_type.size(conv.spatial))(x)
+
+
+@fold_batchnorm.also(lambda x, first, second: second(first(x)))
+def fold_batchnorm_pair(x: Value, first: BatchNorm, second: BatchNorm) -> Value:
+    return (second.as_linear() @ first.as_linear())(x)
+
+
+@fold_batchnorm.fires_on(shape=(2, 3, 8, 8))
+def convolution_without_bias() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
+
+
+@fold_batchnorm.fires_on(shape=(2, 4, 9, 9))
+def transposed_convolution_with_groups() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), nn.BatchNorm2d(6)).eval()
+
+
+@fold_batchnorm.fires_on(shape=(5, 7))
+def linear_layer() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4)).eval()
+
+
+@fold_batchnorm.fires_on(shape=(2, 3, 8, 8))
+def batch_norm_before_an_unpadded_convolution() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval()
+
+
+@fold_batchnorm.fires_on(shape=(2, 3, 6, 5), fixed_size=True)
+def batch_norm_before_a_padded_convolution_at_a_fixed_size() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)).eval()
+
+
+@fold_batchnorm.leaves_alone(shape=(2, 3, 8, 8), because="batch statistics")
+def batch_norm_without_statistics() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+
+
+@fold_batchnorm.leaves_alone(shape=(2, 3, 8, 8), because="bias map")
+def batch_norm_before_a_padded_convolution() -> nn.Module:
+    bn = nn.BatchNorm2d(3)
+    torch.nn.init.ones_(bn.bias)
+    return nn.Sequential(bn, nn.Conv2d(3, 4, 3, padding=1)).eval()
+
+
+@fold_batchnorm.leaves_alone(shape=(2, 5, 7), because="other axes")
+def linear_layer_whose_batch_norm_is_over_tokens() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(5)).eval()

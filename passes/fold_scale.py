@@ -1,0 +1,53 @@
+"""A constant factor or offset next to a linear operator is part of it: c (Wx + b) + d = (cW)x + (cb + d), W(cx) = (Wc)x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rgc import BatchNorm, Conv, Scale, Value, compose, rewrite
+
+
+@rewrite(lambda x, linear, scale: scale(linear(x)))
+def fold_scale(x: Value, linear: Conv | Scale | BatchNorm, scale: Scale) -> Value:
+    return (scale @ linear)(x)
+
+
+@fold_scale.also(lambda x, scale, linear: linear(scale(x)))
+def fold_scale_before(x: Value, scale: Scale, linear: Conv | BatchNorm) -> Value:
+    spatial = linear.spatial
+    return compose(linear, scale, x.tensor_type.size(spatial))(x)
+
+
+@fold_scale.also(lambda x, first, second: first(x) + second(x))
+def fold_scale_sum(x: Value, first: Scale, second: Scale) -> Value:
+    return (first + second)(x)
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(-1, 1, channels).reshape(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class _Normalise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 255 - 0.5) / 0.25
+
+
+@fold_scale.fires_on(shape=(2, 3, 8, 8))
+def layer_scale() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), _LayerScale(4)).eval()
+
+
+@fold_scale.fires_on(shape=(2, 3, 8, 8))
+def input_normalisation_before_an_unpadded_stem() -> nn.Module:
+    return nn.Sequential(_Normalise(), nn.Conv2d(3, 4, 3)).eval()
+
+
+@fold_scale.leaves_alone(shape=(2, 3, 8, 8), because="bias map")
+def input_normalisation_before_a_padded_stem() -> nn.Module:
+    return nn.Sequential(_Normalise(), nn.Conv2d(3, 4, 3, padding=1)).eval()

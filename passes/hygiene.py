@@ -1,0 +1,34 @@
+"""Equal operators on equal inputs are one operator. Dead code needs no pass: the graph drops what nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from rgc import Activation, Conv, Graph, Operator, Scale, Structural, Value, graph_pass
+
+
+@graph_pass
+def hygiene(graph: Graph) -> Graph:
+    """Common subexpressions are computed once."""
+    seen: dict[Hashable, Value] = {}
+    for value in graph.nodes():
+        if value not in graph or not value.inputs:
+            continue
+        key = (_key(value.op), value.inputs)
+        first = seen.setdefault(key, value)
+        if first is not value:
+            graph.replace(value, first)
+    return graph
+
+
+def _key(op: Operator) -> Hashable:
+    """What makes two operators equal: the same parameters in memory and the same options; otherwise themselves only."""
+    if isinstance(op, Activation) and op.weight is None:
+        return type(op), op.name, op.options
+    if isinstance(op, Conv | Scale):
+        return type(op), *(id(v) if isinstance(v, Tensor) else v for v in op.__dict__.values())
+    if isinstance(op, Structural) and not op.tensors():
+        return type(op), str(op.target), repr(op.args), repr(op.kwargs)
+    return id(op)

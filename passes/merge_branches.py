@@ -1,0 +1,71 @@
+"""Parallel linear branches of one source that meet in a sum or a concatenation are one operator: Ax + Bx = (A + B)x.
+
+The whole region between the source and the meeting point is taken at once, so a chain that would not pay by itself
+(1x1 then average pooling) merges where its neighbour hides it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rgc import Conv, Join, Linear, Value, add, rewrite
+
+
+@rewrite(lambda x, branches: branches(x))
+def merge_branches(x: Value, branches: Join) -> Value:
+    spatial = branches.spatial
+    return branches.as_linear(x.tensor_type.size(spatial))(x)
+
+
+@merge_branches.also(lambda x, y, first, second: (y + first(x)) + second(x))
+def merge_outer_branches(x: Value, y: Value, first: Conv, second: Conv) -> Value:
+    merged: Linear = add(first, second, x.tensor_type.size(first.spatial))
+    return _sum(y, merged(x))
+
+
+def _sum(y: Value, z: Value) -> Value:
+    from rgc import Add
+
+    return Add()(y, z)
+
+
+class _Branches(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.branches[0](x)
+        for branch in self.branches[1:]:
+            total = total + branch(x)
+        return torch.relu(total)
+
+
+@merge_branches.fires_on(shape=(2, 4, 9, 8))
+def square_vertical_and_horizontal_kernel() -> nn.Module:
+    return _Branches(
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
+        nn.Conv2d(4, 4, (1, 3), padding=(0, 1)),
+    ).eval()
+
+
+@merge_branches.fires_on(shape=(2, 8, 14, 14))
+def pointwise_then_average_pooling_beside_a_convolution() -> nn.Module:
+    pooled = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False, padding=1), nn.AvgPool2d(3, 1))
+    return _Branches(nn.Conv2d(8, 8, 3, padding=1), pooled).eval()
+
+
+@merge_branches.fires_on(shape=(2, 4, 9, 8))
+def strided_branches_of_different_groups() -> nn.Module:
+    return _Branches(
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 8, 1, stride=2, groups=4)
+    ).eval()
+
+
+@merge_branches.leaves_alone(shape=(2, 4, 9, 9), because="padding modes differ")
+def branches_that_pad_differently() -> nn.Module:
+    return _Branches(
+        nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    ).eval()

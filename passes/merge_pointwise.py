@@ -1,0 +1,61 @@
+"""A 1x1 convolution and its neighbour are one convolution: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2).
+
+Linear layers in a row are the same law with no spatial axis. A 1x1 with bias before a zero-padded kernel takes a bias
+map at a fixed size, because the ring around its output is 0 and not b1.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import nn
+
+from rgc import Conv, Value, compose, rewrite
+
+
+def has_one_tap(conv: Conv) -> bool:
+    """Is the kernel 1 wide on every axis (or without axes, as in a linear layer)?"""
+    return set(conv.kernel) <= {1}
+
+
+Pointwise = Annotated[Conv, has_one_tap]
+
+
+@rewrite(lambda x, first, second: second(first(x)))
+def merge_pointwise(x: Value, first: Conv, second: Pointwise) -> Value:
+    return compose(second, first, x.tensor_type.size(first.spatial))(x)
+
+
+@merge_pointwise.also(lambda x, first, second: second(first(x)))
+def merge_pointwise_before(x: Value, first: Pointwise, second: Conv) -> Value:
+    return compose(second, first, x.tensor_type.size(first.spatial))(x)
+
+
+@merge_pointwise.fires_on(shape=(2, 3, 8, 8))
+def pointwise_after_a_padded_convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 3, 8, 8))
+def pointwise_without_bias_before_a_padded_convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 3, padding=1)).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 8, 6, 7), fixed_size=True)
+def pointwise_with_bias_before_a_padded_convolution_at_a_fixed_size() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 3, padding=1)).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 5, 7))
+def two_linear_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 16), nn.Linear(16, 4)).eval()
+
+
+@merge_pointwise.leaves_alone(shape=(2, 8, 8, 8), because="bias map")
+def pointwise_with_bias_before_a_padded_convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 3, padding=1)).eval()
+
+
+@merge_pointwise.leaves_alone(shape=(2, 64, 28, 28), because="estimated slower")
+def bottleneck_of_low_rank() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(64, 4, 1), nn.Conv2d(4, 64, 1)).eval()

@@ -1,0 +1,91 @@
+"""An activation that has decayed to the identity is the identity: (1 - l) act(x) + l x = x at l = 1, slope 1, PReLU of ones."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rgc import Activation, Identity, Scale, Value, require, rewrite
+from rgc.nn import DecayedActivation
+
+
+def has_slope(activation: Activation) -> bool:
+    """Is it linear on each side of zero, with a slope that may have become 1?"""
+    return activation.name in {"leaky_relu", "prelu"}
+
+
+@rewrite(lambda x, activation: activation(x))
+def remove_linear_activation(x: Value, activation: Annotated[Activation, has_slope]) -> Value:
+    if activation.weight is not None:
+        slope = activation.weight[(activation.weight - 1).abs().argmax()].item()
+    else:
+        slope = activation.option("negative_slope", 0.01)
+    require(slope == 1, f"{activation.name} is not the identity: its negative slope is {slope:.6g}, not 1")
+    return x
+
+
+@remove_linear_activation.also(lambda x, activation, blend, skip: blend(activation(x)) + skip(x))
+def remove_blended_activation(x: Value, activation: Activation, blend: Scale, skip: Scale | Identity) -> Value:
+    return skip(x) if _is_removed(activation, blend) else x
+
+
+@remove_linear_activation.also(lambda x, activation, blend: blend(activation(x)) + x)
+def remove_faded_activation(x: Value, activation: Activation, blend: Scale) -> Value:
+    _is_removed(activation, blend)
+    return x
+
+
+def _is_removed(activation: Activation, blend: Scale) -> bool:
+    largest = blend.scale.abs().max().item()
+    require(
+        largest == 0 and not bool(blend.shift.any()),
+        f"{activation.name} still takes part: its weight in the blend is {largest:.6g}, not 0 "
+        f"(decay lambda = {1 - largest:.6g}, not 1)",
+    )
+    return True
+
+
+@remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
+def decayed_activation() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), DecayedActivation(nn.GELU(), 1.0), nn.Conv2d(4, 4, 1)).eval()
+
+
+@remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
+def leaky_relu_of_slope_one() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(1.0)).eval()
+
+
+@remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
+def prelu_of_ones() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4, init=1.0)).eval()
+
+
+@remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="lambda = 0.999")
+def activation_that_has_not_quite_decayed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), DecayedActivation(nn.ReLU(), 0.999)).eval()
+
+
+@remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="negative slope is 0.5")
+def prelu_of_halves() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4, init=0.5)).eval()
+
+
+class _OverwritingBlend(nn.Module):
+    """The known trap: the in-place ReLU overwrites what the other half of the blend reads, so it is relu(x) for every s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("s", torch.tensor(0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        return self.s * F.relu(out, inplace=True) + (1 - self.s) * out
+
+
+@remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="")
+def blend_with_an_in_place_relu() -> nn.Module:
+    return _OverwritingBlend().eval()

@@ -1,0 +1,174 @@
+"""How does a compiled model become a file, and come back?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rgc.errors import InputError
+from rgc.onnx_artifact import PROTOBUF_LIMIT, OnnxModel, keeps_weights_beside, write_onnx
+from rgc.pt2_artifact import read_pt2, write_pt2
+from rgc.python_artifact import MODEL_FILE, WEIGHTS_FILE, read_folder, write_folder
+
+PathLike = str | os.PathLike[str]
+FORMATS = ("pt2", "onnx", "python")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What was written: where, as what, which input dimensions are free in it, and remarks for the user.
+
+    ``free_dimensions`` holds entries such as ``"x[0]"``; it is None for a Python folder, which fixes none.
+    """
+
+    path: Path
+    format: str
+    free_dimensions: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+
+
+def save(
+    module: nn.Module,
+    path: PathLike,
+    *,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    free_sizes: bool = False,
+    format: str | None = None,
+    protect: Iterable[PathLike] = (),
+    check: Callable[[nn.Module], None] | None = None,
+    size_limit: int = PROTOBUF_LIMIT,
+) -> Artifact:
+    """Write a compiled model to ``path``: ``.pt2``, ``.onnx``, or a folder (a trailing ``/``) of readable Python.
+
+    The artifact appears whole or not at all. Before it appears it is loaded back and handed to ``check``, which may
+    raise to prevent it. ``size_limit`` is the size in bytes beyond which an ONNX model keeps its weights in a second
+    file. Raises InputError if the format is unknown, the model cannot be expressed in it, the path cannot be written,
+    is listed in ``protect``, or is a folder that holds anything but an earlier artifact.
+    """
+    kind = choose_format(path, format)
+    target = Path(path)
+    _refuse_unsafe_target(target, kind, protect)
+    kwargs = dict(example_kwargs or {})
+    try:
+        workshop = Path(tempfile.mkdtemp(prefix=".rgc-", dir=target.absolute().parent))
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        draft = workshop / target.name
+        if kind == "python":
+            free_dimensions, notes = None, write_folder(module, draft)
+        elif kind == "pt2":
+            exported = write_pt2(module, draft, example_args, kwargs, free_sizes=free_sizes)
+            free_dimensions, notes = exported.free_dimensions, exported.notes
+        else:
+            exported = write_onnx(module, draft, example_args, kwargs, free_sizes=free_sizes, size_limit=size_limit)
+            free_dimensions, notes = exported.free_dimensions, exported.notes
+        if check is not None:
+            check(load(draft, trust=True, format=kind))
+        obsolete = kind == "onnx" and not _data_file(draft).exists() and keeps_weights_beside(target)
+        _publish(draft, target, workshop, [_data_file(target)] if obsolete else [])
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return Artifact(target, kind, free_dimensions, notes)
+
+
+def load(path: PathLike, *, trust: bool = False, format: str | None = None) -> nn.Module:
+    """Read an artifact back as a callable module; ``.onnx`` gives an OnnxModel, which returns a flat list.
+
+    Raises InputError if it is missing or malformed, or if loading it would run code and ``trust`` is False: a folder
+    always does (its ``model.py``), a ``.pt2`` archive unless it holds nothing but a plain exported program.
+    """
+    kind = choose_format(path, format)
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    if kind == "pt2":
+        return read_pt2(source, trust=trust)
+    if kind == "onnx":
+        return OnnxModel(source)
+    if not trust:
+        raise InputError(f"loading {source} runs its {MODEL_FILE}; load it only if you trust where it came from")
+    return read_folder(source)
+
+
+def choose_format(path: PathLike, format: str | None = None) -> str:
+    """The format that ``path`` asks for: "pt2", "onnx" or "python".
+
+    >>> choose_format("model.onnx"), choose_format("out/")
+    ('onnx', 'python')
+    >>> choose_format("model.h5")
+    Traceback (most recent call last):
+    rgc.errors.InputError: cannot tell the format of model.h5: use a path that ends in .pt2, .onnx or /
+    """
+    if format is not None:
+        if format not in FORMATS:
+            raise InputError(f"unknown format {format!r}: use {', '.join(FORMATS)}")
+        return format
+    text = os.fspath(path)
+    if text.endswith(("/", os.sep)) or Path(text).is_dir():
+        return "python"
+    suffix = Path(text).suffix.lower()
+    if suffix not in (".pt2", ".onnx"):
+        raise InputError(f"cannot tell the format of {text}: use a path that ends in .pt2, .onnx or /")
+    return suffix[1:]
+
+
+def _refuse_unsafe_target(target: Path, kind: str, protect: Iterable[PathLike]) -> None:
+    """Nothing but an earlier artifact may be overwritten, and never a file that the caller still needs."""
+    written = {target.resolve(), *([_data_file(target).resolve()] if kind == "onnx" else [])}
+    for protected in (Path(entry).resolve() for entry in protect):
+        if protected in written or (kind == "python" and target.resolve() in protected.parents):
+            raise InputError(f"{target} would overwrite {protected}, which is an input; choose another path")
+    if kind != "python":
+        if target.is_dir():
+            raise InputError(f"{target} is a folder; a {kind} artifact is a file")
+        return
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; a Python artifact is a folder")
+    strangers = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    if strangers := strangers - {MODEL_FILE, WEIGHTS_FILE, "__pycache__"}:
+        raise InputError(f"{target} holds other files ({min(strangers)}); choose a new or empty folder")
+
+
+def _publish(draft: Path, target: Path, workshop: Path, obsolete: list[Path]) -> None:
+    """Move the finished draft into place and ``obsolete`` away; on any error what was there before is back."""
+    pairs = [(draft, target)]
+    if _data_file(draft).exists():  # the weights first: without its model file the pair is not yet there
+        pairs.insert(0, (_data_file(draft), _data_file(target)))
+    if len(pairs) == 1 and draft.is_file() and not obsolete:
+        os.replace(draft, target)
+        return
+    set_aside: list[tuple[Path, Path]] = []
+    published: list[Path] = []
+    try:
+        for place in [*(place for _, place in reversed(pairs)), *obsolete]:
+            if place.exists():
+                old = workshop / f"{place.name}.old"
+                set_aside.append((old, place))
+                os.replace(place, old)
+        for new, place in pairs:
+            published.append(place)
+            os.replace(new, place)
+    except BaseException:
+        for place in published:
+            if place.exists():
+                os.replace(place, workshop / f"{place.name}.undone")
+        for old, place in set_aside:
+            if old.exists():
+                os.replace(old, place)
+        raise
+
+
+def _data_file(path: Path) -> Path:
+    """Where the weights of an ONNX model beyond protobuf's limit are."""
+    return path.with_name(path.name + ".data")

@@ -1,0 +1,117 @@
+"""What does an operator cost? Parameters, multiply-accumulates, and a roofline estimate of its time on a target.
+
+t = t0 + max(2 MAC / (eta peak), bytes / bandwidth), with eta by kind of kernel (DESIGN section 4). The defaults below
+are conservative figures for one machine of each kind, not measurements of yours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rgc.algebra import Conv
+from rgc.errors import InputError
+from rgc.ir import Input, Value
+from rgc.operators import Constant, Structural
+
+Objective = Literal["latency", "depth", "macs", "params"]
+OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine: peak multiply-accumulate rate [FLOP/s], bandwidth [byte/s], time per call [s], efficiency by kernel."""
+
+    name: str
+    peak: float
+    bandwidth: float
+    overhead: float
+    efficiency: Mapping[str, float]
+
+    def seconds(self, value: Value) -> float:
+        """Estimated time of the operator that makes ``value``, at the example's shapes."""
+        if isinstance(value.op, Input | Constant | Structural):
+            return 0.0
+        compute = 2 * macs(value) / (self.peak * self.efficiency[_kernel_class(value)])
+        return self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
+
+
+CPU = Target(
+    "cpu", peak=6e10, bandwidth=8e9, overhead=4e-6,
+    efficiency={"linear": 0.6, "1x1": 0.7, "3x3": 0.8, "kxk": 0.6, "depthwise": 0.08, "grouped": 0.3, "other": 1.0},
+)  # fmt: skip
+CUDA = Target(
+    "cuda", peak=3e13, bandwidth=1.2e12, overhead=5e-6,
+    efficiency={"linear": 0.6, "1x1": 0.6, "3x3": 0.8, "kxk": 0.4, "depthwise": 0.03, "grouped": 0.2, "other": 1.0},
+)  # fmt: skip
+TARGETS = {target.name: target for target in (CPU, CUDA)}
+
+
+def target_named(name: str | None) -> Target:
+    """The default figures for "cpu" (None) or "cuda"; `InputError` for any other name."""
+    target = TARGETS.get(name or "cpu")
+    if target is None:
+        raise InputError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
+    return target
+
+
+def cost(values: Iterable[Value], objective: Objective, target: Target) -> float:
+    """What ``values`` cost together: seconds, layers, multiply-accumulates or parameters."""
+    if objective == "latency":
+        return math.fsum(target.seconds(value) for value in values)
+    if objective == "macs":
+        return math.fsum(macs(value) for value in values)
+    if objective == "params":
+        return math.fsum(parameters(value) for value in values)
+    return math.fsum(_layers(value) for value in values)
+
+
+def macs(value: Value) -> int:
+    """Multiply-accumulates of a convolution or linear layer; other operators count as none."""
+    if not isinstance(value.op, Conv):
+        return 0
+    counted = value.inputs[0] if value.op.transposed else value
+    per_element = value.op.weight[0].numel()
+    return math.prod(counted.tensor_type.shape) * per_element
+
+
+def parameters(value: Value) -> int:
+    """Elements of the operator's parameters."""
+    return 0 if isinstance(value.op, Input) else sum(tensor.numel() for tensor in value.op.tensors())
+
+
+def _layers(value: Value) -> float:
+    """Layers first; a bias map is an addition, which counts a little."""
+    if isinstance(value.op, Input | Constant):
+        return 0.0
+    if isinstance(value.op, Structural):
+        return 0.01
+    extra = 0.1 if isinstance(value.op, Conv) and value.op.bias is not None and value.op.bias.dim() > 1 else 0.0
+    return 1.0 + extra
+
+
+def _bytes_moved(value: Value) -> float:
+    tensors = [value.type, *(used.type for used in value.inputs)]
+    moved = sum(math.prod(given.shape) * given.dtype.itemsize for given in tensors if given is not None)
+    width = value.type.dtype.itemsize if value.type is not None else 4
+    extra = 0.0
+    if isinstance(value.op, Conv) and value.op.bias is not None and value.op.bias.dim() > 1 and value.type is not None:
+        extra = 2 * math.prod(value.type.shape) * width  # the map is added in a pass of its own
+    return moved + extra + parameters(value) * width
+
+
+def _kernel_class(value: Value) -> str:
+    op = value.op
+    if not isinstance(op, Conv):
+        return "other"
+    if op.spatial == 0:
+        return "linear"
+    if op.groups == op.in_channels and op.groups > 1:
+        return "depthwise"
+    if op.groups > 1:
+        return "grouped"
+    if set(op.kernel) == {1}:
+        return "1x1"
+    return "3x3" if max(op.kernel) <= 3 else "kxk"

@@ -1,0 +1,363 @@
+"""How does a graph become a torch.fx.GraphModule of ordinary torch.nn layers, with the user's module names?"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from rgc.algebra import Conv, Scale, ungrouped
+from rgc.errors import GraphError
+from rgc.ir import Graph, Input, Operator, Value
+from rgc.operators import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Call,
+    Concat,
+    Constant,
+    Flatten,
+    Identity,
+    Multiply,
+    Slot,
+    Unflatten,
+)
+
+
+def emit(graph: Graph, dtype: torch.dtype | None) -> fx.GraphModule:
+    """The graph as a module in eval mode; floating-point parameters are cast once, to ``dtype`` (None: kept)."""
+    return _Emitter(graph, dtype).run()
+
+
+def operator_counts(graph: Graph) -> Counter[str]:
+    """Layers and functions that the graph runs, by PyTorch's names; views and checks do not count."""
+    counts: Counter[str] = Counter()
+    for value in graph.nodes():
+        counts.update(_layer_names(value.op))
+    return counts
+
+
+def _layer_names(op: Operator) -> list[str]:
+    match op:
+        case Conv(spatial=0):
+            return ["Linear"]
+        case Conv():
+            extra = ["add"] if op.bias is not None and op.bias.dim() > 1 else []
+            kinds = _TRANSPOSED if op.transposed else _PLAIN
+            return [kinds[op.spatial].__name__, *extra, *(["sub"] if op.pad_value is not None else [])]
+        case Scale():
+            return ["mul"] * (not bool((op.scale == 1).all())) + ["add"] * (not bool((op.shift == 0).all()))
+        case BatchNorm():
+            return [f"BatchNorm{max(op.axes, 1)}d"]
+        case AvgPool():
+            return [f"AvgPool{op.spatial}d"]
+        case Activation():
+            return ["PReLU" if op.weight is not None else getattr(_ACTIVATIONS.get(op.name), "__name__", op.name)]
+        case Concat():
+            return ["cat"]
+        case Input() | Constant() | Identity() | Flatten() | Unflatten():
+            return []
+        case Call():
+            return [] if op.label in _BOOKKEEPING else [op.label]
+    return [{"multiply": "mul"}.get(op.label, op.label)]
+
+
+class _Emitter:
+    def __init__(self, graph: Graph, dtype: torch.dtype | None) -> None:
+        self.source, self.dtype = graph, dtype
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.nodes: dict[Value, fx.Node] = {}
+        self.modules: dict[int, str] = {}  # operator id -> path, so that shared modules stay shared
+        self.names: set[str] = set()
+
+    def run(self) -> fx.GraphModule:
+        order = self.source.nodes()
+        self._inputs(order)
+        for value in order:
+            if not isinstance(value.op, Input):
+                self.nodes[value] = self._emit(value)
+        self.graph.output(tree_map(self._node_of, self.source.outputs, is_leaf=_is_value))
+        self.graph.lint()
+        module = fx.GraphModule(self.root, self.graph)
+        return module.eval().requires_grad_(False)
+
+    # --- inputs --------------------------------------------------------------------------------------------------
+
+    def _inputs(self, order: list[Value]) -> None:
+        for value in self.source.inputs:
+            assert isinstance(value.op, Input)
+            default = () if value.op.default is inspect.Parameter.empty else (value.op.default,)
+            self.nodes[value] = self.graph.create_node("placeholder", value.op.name, default, name=value.op.name)
+        if all(value.op.any_size for value in order):
+            return
+        for value in self.source.inputs:
+            if value.type is not None and len(value.type.shape) > 1:
+                self._check_size(self.nodes[value], value.type.shape[1:])
+
+    def _check_size(self, node: fx.Node, size: tuple[int, ...]) -> None:
+        """A wrong size at run time gets a clear error; the batch stays free."""
+        shape = self.graph.call_function(getattr, (node, "shape"))
+        rest = self.graph.call_function(operator.getitem, (shape, slice(1, None)))
+        same = self.graph.call_function(operator.eq, (rest, size))
+        wanted = "x".join(map(str, size))
+        message = f"this compiled model holds for inputs of size {wanted} (any batch); compile again for another size"
+        self.graph.call_function(torch._assert, (same, message))
+
+    # --- values --------------------------------------------------------------------------------------------------
+
+    def _emit(self, value: Value) -> fx.Node:
+        op = value.op if self.dtype is None or isinstance(value.op, Conv | Scale | BatchNorm) else value.op.cast(self.dtype)
+        inputs = [self.nodes[used] for used in value.inputs]
+        match op:
+            case Conv():
+                return self._conv(value, op, inputs[0])
+            case Scale():
+                return self._scale(value, op, inputs[0])
+            case BatchNorm():
+                return self._module(value, lambda: _batch_norm(op, self._cast), inputs[0])
+            case AvgPool():
+                return self._module(value, lambda: _avg_pool(op), inputs[0])
+            case Activation():
+                return self._activation(value, op, inputs[0])
+            case Identity():
+                return inputs[0]
+            case Flatten():
+                return self._function(value, torch.flatten, inputs[0], 1)
+            case Unflatten():
+                return self.graph.call_method("unflatten", (inputs[0], 1, op.shape))
+            case Add():
+                return self._function(value, operator.add if op.sign == 1 else operator.sub, *inputs)
+            case Multiply():
+                return self._function(value, operator.mul, *inputs)
+            case Concat():
+                return self._function(value, torch.cat, inputs, op.axis)
+            case Constant():
+                return self._constant(value, op.tensor)
+            case Call():
+                return self._call(value, op, inputs)
+        raise GraphError(f"{value.where}: no layer for the operator {op.label}")
+
+    def _conv(self, value: Value, op: Conv, x: fx.Node) -> fx.Node:
+        bias_map = op.bias if op.bias is not None and op.bias.dim() > 1 else None
+        plain = op if bias_map is None else replace(op, bias=None)
+        if plain.pad_value is not None:
+            # K * pad(x, v) = K * pad(x - v, 0) + (sum of taps of K) v
+            v = plain.pad_value.reshape(-1, *[1] * op.spatial)
+            x = self._function(value, operator.sub, x, self._constant(value, v, "pad_value"))
+            plain = replace(plain, pad_value=None, bias=_bias_of_pad_value(plain))
+        if any(before != after for before, after in plain.padding):
+            x = self._module(value, lambda: _padding_layer(plain), x, suffix="pad")
+            plain = replace(plain, padding=0, padding_mode="zeros")
+        node = self._module(value, lambda: _convolution(plain, self._cast), x)
+        if bias_map is None:
+            return node
+        return self._function(value, operator.add, node, self._constant(value, bias_map, "bias_map"))
+
+    def _scale(self, value: Value, op: Scale, x: fx.Node) -> fx.Node:
+        shape = (-1, *[1] * (op.axes or 0))
+        for function, tensor, neutral in ((operator.mul, op.scale, 1), (operator.add, op.shift, 0)):
+            if bool((tensor == neutral).all()):
+                continue
+            if tensor.numel() == 1:
+                x = self._function(value, function, x, float(tensor))
+            else:
+                x = self._function(value, function, x, self._constant(value, tensor.view(shape), "scale"))
+        return x
+
+    def _activation(self, value: Value, op: Activation, x: fx.Node) -> fx.Node:
+        make = _ACTIVATIONS.get(op.name)
+        if make is None and op.name != "prelu":
+            return self._function(value, getattr(F, op.name), x, **dict(op.options))
+        overwrite = op.inplace and self._may_overwrite(value.inputs[0])
+        return self._module(value, lambda: _activation_layer(op, overwrite, self._cast), x)
+
+    def _may_overwrite(self, value: Value) -> bool:
+        """Nobody else reads the value, and its memory is its own."""
+        return self.source.use_count(value) == 1 and value.op.fresh and not isinstance(value.op, Input | Scale)
+
+    def _call(self, value: Value, op: Call, inputs: list[fx.Node]) -> fx.Node:
+        args = tree_map(lambda leaf: inputs[leaf.index] if isinstance(leaf, Slot) else leaf, op.args, is_leaf=_is_slot)
+        kwargs = dict(
+            tree_map(lambda leaf: inputs[leaf.index] if isinstance(leaf, Slot) else leaf, op.kwargs, is_leaf=_is_slot)
+        )
+        args, kwargs = tree_map(
+            lambda leaf: self._constant(value, leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs), is_leaf=_is_node
+        )
+        if isinstance(op.target, nn.Module):
+            path = self._place(value, op.target, value.op)
+            return self.graph.call_module(path, tuple(args), kwargs)
+        if isinstance(op.target, str):
+            return self.graph.call_method(op.target, tuple(args), kwargs)
+        return self.graph.call_function(op.target, tuple(args), kwargs)
+
+    # --- nodes and attributes --------------------------------------------------------------------------------------
+
+    def _function(self, value: Value, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+    def _module(self, value: Value, make: Any, x: fx.Node, suffix: str = "") -> fx.Node:
+        known = None if suffix else self.modules.get(id(value.op))
+        return self.graph.call_module(known or self._place(value, make(), None if suffix else value.op, suffix), (x,))
+
+    def _place(self, value: Value, module: nn.Module, op: Operator | None, suffix: str = "") -> str:
+        known = self.modules.get(id(op)) if op is not None else None
+        if known is not None:
+            return known
+        path = self._free_name(value, suffix)
+        self._parent(path).add_module(path.rpartition(".")[2], module)
+        if op is not None:
+            self.modules[id(op)] = path
+        return path
+
+    def _constant(self, value: Value, tensor: Tensor, suffix: str = "constant") -> fx.Node:
+        path = self._free_name(value, suffix)
+        self._parent(path).register_buffer(path.rpartition(".")[2], self._cast(tensor))
+        return self.graph.get_attr(path)
+
+    def _free_name(self, value: Value, suffix: str) -> str:
+        """The user's name for the value, with a number where another layer has it already."""
+        wanted = (value.origin.paths[0] if value.origin.paths else value.name) or value.op.label.split()[0]
+        wanted = ".".join(part for part in wanted.split(".") if part) + (f"_{suffix}" if suffix else "")
+        name, number = wanted, 1
+        while self._is_taken(name):
+            name, number = f"{wanted}_{number}", number + 1
+        self.names.add(name)
+        return name
+
+    def _is_taken(self, name: str) -> bool:
+        """A name is free if it is no layer, no container, and lies in no layer."""
+        if name in self.names or hasattr(nn.Module, name.split(".")[0]):
+            return True
+        if any(taken.startswith(f"{name}.") for taken in self.names):
+            return True
+        parts = name.split(".")
+        return any(".".join(parts[:depth]) in self.names for depth in range(1, len(parts)))
+
+    def _parent(self, path: str) -> nn.Module:
+        parent = self.root
+        for part in path.split(".")[:-1]:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        return parent
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype if self.dtype is None or not tensor.is_floating_point() else self.dtype
+        return tensor.detach().to(dtype, copy=True).contiguous()
+
+    def _node_of(self, leaf: Any) -> Any:
+        return self.nodes[leaf] if isinstance(leaf, Value) else leaf
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+
+def _convolution(op: Conv, cast: Any) -> nn.Module:
+    if op.spatial == 0:
+        op = ungrouped(op)
+        return _with_parameters(nn.Linear, (op.in_channels, op.out_channels), {"bias": op.bias is not None}, op, cast)
+    options: dict[str, Any] = {
+        "kernel_size": op.kernel, "stride": op.stride, "padding": tuple(before for before, _ in op.padding),
+        "dilation": op.dilation, "groups": op.groups, "bias": op.bias is not None, "padding_mode": op.padding_mode,
+    }  # fmt: skip
+    if op.transposed:
+        options["output_padding"] = op.output_padding
+    kind = (_TRANSPOSED if op.transposed else _PLAIN)[op.spatial]
+    return _with_parameters(kind, (op.in_channels, op.out_channels), options, op, cast)
+
+
+def _with_parameters(kind: Any, args: tuple[int, int], options: dict[str, Any], op: Conv, cast: Any) -> nn.Module:
+    layer: nn.Module = kind(*args, **options, device="meta")  # no memory, no random initialisation
+    layer.register_parameter("weight", nn.Parameter(cast(op.weight), requires_grad=False))
+    if op.bias is not None:
+        layer.register_parameter("bias", nn.Parameter(cast(op.bias), requires_grad=False))
+    return layer
+
+
+def _bias_of_pad_value(op: Conv) -> Tensor:
+    assert op.pad_value is not None
+    total = ungrouped(op).weight.double().flatten(2).sum(-1) @ op.pad_value.double()
+    return total if op.bias is None else total + op.bias.double()
+
+
+def _padding_layer(op: Conv) -> nn.Module:
+    amounts = tuple(amount for sides in reversed(op.padding) for amount in sides)
+    kinds: dict[str, Any] = {"zeros": "ZeroPad", "reflect": "ReflectionPad", "replicate": "ReplicationPad"}
+    name = kinds.get(op.padding_mode, "CircularPad")
+    layer: nn.Module = getattr(nn, f"{name}{op.spatial}d")(amounts)
+    return layer
+
+
+def _batch_norm(op: BatchNorm, cast: Any) -> nn.Module:
+    kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[op.axes]
+    layer = kind(
+        op.mean.numel(), eps=op.eps, affine=op.weight is not None or op.bias is not None,
+        track_running_stats=not op.training, device="meta",
+    )  # fmt: skip
+    if not op.training:
+        layer.register_buffer("running_mean", cast(op.mean))
+        layer.register_buffer("running_var", cast(op.var))
+        layer.register_buffer("num_batches_tracked", torch.tensor(0))
+    for name, tensor, neutral in (("weight", op.weight, 1.0), ("bias", op.bias, 0.0)):
+        if layer.affine:
+            filled = torch.full_like(op.mean, neutral) if tensor is None else tensor
+            layer.register_parameter(name, nn.Parameter(cast(filled), requires_grad=False))
+    return layer
+
+
+def _avg_pool(op: AvgPool) -> nn.Module:
+    options: dict[str, Any] = {"ceil_mode": op.ceil_mode, "count_include_pad": op.count_include_pad}
+    if op.spatial == 1:
+        return nn.AvgPool1d(op.window, op.stride, op.padding, **options)
+    kind: Any = nn.AvgPool2d if op.spatial == 2 else nn.AvgPool3d
+    layer: nn.Module = kind(op.window, op.stride, op.padding, **options, divisor_override=op.divisor_override)
+    return layer
+
+
+def _activation_layer(op: Activation, overwrite: bool, cast: Any) -> nn.Module:
+    if op.weight is not None:
+        layer = nn.PReLU(op.weight.numel(), device="meta")
+        layer.register_parameter("weight", nn.Parameter(cast(op.weight), requires_grad=False))
+        return layer
+    options = dict(op.options)
+    if overwrite and op.name in _HAVE_INPLACE:
+        options["inplace"] = True
+    made: nn.Module = _ACTIVATIONS[op.name](**options)
+    return made
+
+
+_PLAIN: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_ACTIVATIONS: dict[str, Any] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "celu": nn.CELU, "selu": nn.SELU,
+    "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid, "hardtanh": nn.Hardtanh, "softplus": nn.Softplus, "logsigmoid": nn.LogSigmoid,
+    "softsign": nn.Softsign, "tanhshrink": nn.Tanhshrink,
+}  # fmt: skip
+_HAVE_INPLACE = frozenset({
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh",
+})  # fmt: skip
+_BOOKKEEPING = frozenset({
+    "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "contiguous", "sym_size.int",
+})  # fmt: skip
+
+
+def _is_value(leaf: Any) -> bool:
+    return isinstance(leaf, Value)
+
+
+def _is_slot(leaf: Any) -> bool:
+    return isinstance(leaf, Slot)
+
+
+def _is_node(leaf: Any) -> bool:
+    return isinstance(leaf, fx.Node)

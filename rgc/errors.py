@@ -1,0 +1,43 @@
+"""Which errors can rgc raise? One tree; every message says where, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class RgcError(Exception):
+    """Base of every error that rgc raises on purpose."""
+
+
+class InputError(RgcError):
+    """What the user handed in cannot be used (a file, an option, a model in training mode): exit status 2."""
+
+
+class TraceError(RgcError):
+    """A model, or a part of it, cannot be captured faithfully by the tier of the front end that tried."""
+
+
+class GraphError(RgcError):
+    """An operator or a graph would be malformed: wrong shapes, wrong channel counts, a cycle."""
+
+
+class NotEquivalentError(RgcError):
+    """A result differs from its original; it is never emitted: exit status 1."""
+
+
+class Refusal(RgcError):
+    """A rewrite declines to fire; ``reason`` is one sentence that a user can act on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def require(condition: bool, reason: str) -> None:
+    """Refuse the rewrite under way, with a reason, unless ``condition`` holds.
+
+    >>> require(1 + 1 == 2, "arithmetic is broken")
+    >>> require(False, "grouped convolution (groups=4) cannot be merged")
+    Traceback (most recent call last):
+    rgc.errors.Refusal: grouped convolution (groups=4) cannot be merged
+    """
+    if not condition:
+        raise Refusal(reason)

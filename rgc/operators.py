@@ -1,0 +1,395 @@
+"""Which operators can a graph hold beside the local affine maps? The vocabulary that the front end lifts into."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rgc.algebra import Conv, Linear, Scale, unit
+from rgc.errors import GraphError, require
+from rgc.ir import Operator, TensorType
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Operator):
+    """A tensor that does not depend on the inputs."""
+
+    tensor: Tensor
+    affine: ClassVar[bool] = True
+    fresh: ClassVar[bool] = False
+
+    def evaluate(self, *inputs: Any) -> Any:
+        return self.tensor
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return TensorType(tuple(self.tensor.shape), self.tensor.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Linear):
+    """Returns its very input: ``nn.Identity``, dropout in evaluation."""
+
+    reason: str = "identity"
+    fresh: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        return self.reason
+
+    def as_linear(self) -> Linear:
+        return unit()
+
+    def as_conv(self, channels: int, spatial: int) -> Conv:
+        return self.as_linear().as_conv(channels, spatial)
+
+    def evaluate(self, *inputs: Any) -> Any:
+        return inputs[0]
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Linear):
+    """Batch norm over the channel axis before ``axes`` spatial axes: weight (x - mean) / sqrt(var + eps) + bias.
+
+    mean, var, weight, bias: [C]. ``training`` means that it normalises by the statistics of the batch.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    axes: int
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("var", "weight", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != self.mean.shape:
+                raise GraphError(f"BatchNorm: {name} {list(tensor.shape)} does not fit mean {list(self.mean.shape)}")
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return self.mean.numel(), self.mean.numel()
+
+    @property
+    def spatial(self) -> int:
+        return self.axes
+
+    @property
+    def label(self) -> str:
+        return f"batch norm {self.mean.numel()}"
+
+    def as_linear(self) -> Linear:
+        """s x + t with s = weight / sqrt(var + eps), t = bias - s mean."""
+        require(not self.training, "batch norm still uses batch statistics; call model.eval() first")
+        scale = torch.rsqrt(self.var.double() + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.double()
+        shift = -scale * self.mean.double()
+        return Scale(scale, shift if self.bias is None else shift + self.bias.double(), self.axes)
+
+    def as_conv(self, channels: int, spatial: int) -> Conv:
+        return self.as_linear().as_conv(channels, spatial)
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        if self.training:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+
+@dataclass(frozen=True, eq=False)
+class AvgPool(Linear):
+    """Average pooling; the same box for each channel. Fields as in ``torch.nn.AvgPool2d``."""
+
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    geometry: ClassVar[dict[str, Any]] = {
+        "stride": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None,
+    }  # fmt: skip
+
+    @property
+    def spatial(self) -> int:
+        return len(self.window)
+
+    @property
+    def label(self) -> str:
+        return f"avg pool {'x'.join(map(str, self.window))}"
+
+    def as_conv(self, channels: int, spatial: int) -> Conv:
+        require(spatial == self.spatial, f"{self.label} and its neighbour act on different axes")
+        require(not self.ceil_mode, f"{self.label} has ceil_mode, so its last windows average fewer elements")
+        uniform = self.count_include_pad or not any(self.padding) or self.divisor_override is not None
+        require(uniform, f"{self.label} has count_include_pad=False: its border windows average fewer elements")
+        count = self.divisor_override
+        if count is None:
+            count = int(torch.tensor(self.window).prod())
+        weight = torch.full((channels, 1, *self.window), 1.0 / count, dtype=torch.float64)
+        return Conv(weight, stride=self.stride, padding=self.padding, groups=channels)
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        options = (self.window, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        if self.spatial == 1:
+            return F.avg_pool1d(x, *options)
+        return (F.avg_pool2d if self.spatial == 2 else F.avg_pool3d)(x, *options, self.divisor_override)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _meta(self, *types)
+
+
+
+@dataclass(frozen=True, eq=False)
+class Activation(Operator):
+    """An elementwise function of ``torch.nn.functional`` by name, with its options; ``weight`` is PReLU's slopes."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    weight: Tensor | None = None
+    inplace: bool = field(default=False, compare=False)  # the user's wish, honoured on emission where it is safe
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def option(self, name: str, default: Any) -> Any:
+        """An option's value, or PyTorch's default where the model leaves it out."""
+        return dict(self.options).get(name, default)
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        if self.weight is not None:
+            return F.prelu(x, self.weight)
+        function = getattr(F, self.name, None) or getattr(torch, self.name)
+        return function(x, **dict(self.options))
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Operator):
+    """x + sign * y with broadcasting; ``sign`` is 1 or -1."""
+
+    sign: int = 1
+    affine: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.sign not in (1, -1):
+            raise GraphError(f"Add: sign must be 1 or -1, got {self.sign}")
+
+    @property
+    def label(self) -> str:
+        return "add" if self.sign == 1 else "sub"
+
+    def evaluate(self, *inputs: Any) -> Any:
+        x, y = inputs
+        return x + y if self.sign == 1 else x - y
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _broadcast(*types)
+
+
+@dataclass(frozen=True, eq=False)
+class Multiply(Operator):
+    """x * y with broadcasting, where both depend on the inputs."""
+
+    def evaluate(self, *inputs: Any) -> Any:
+        x, y = inputs
+        return x * y
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _broadcast(*types)
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Operator):
+    """Concatenation along ``axis``, counted from the end so that a batch axis in front does not matter."""
+
+    axis: int
+    affine: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.axis >= 0:
+            raise GraphError(f"Concat: axis {self.axis} must be counted from the end (negative)")
+
+    def evaluate(self, *inputs: Any) -> Any:
+        return torch.cat(inputs, dim=self.axis)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _meta(self, *types)
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten(Operator):
+    """Samples of just this ``shape`` (batch axis left out) as vectors."""
+
+    shape: tuple[int, ...]
+    affine: ClassVar[bool] = True
+    fresh: ClassVar[bool] = False
+
+    @property
+    def any_size(self) -> bool:
+        return False
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        if tuple(x.shape[1:]) != self.shape:
+            raise GraphError(f"flatten: holds for samples of {list(self.shape)}, got {list(x.shape[1:])}")
+        return x.flatten(1)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        (given,) = types
+        if given is None or given.shape[1:] != self.shape:
+            raise GraphError(f"flatten: holds for samples of {list(self.shape)}, got {given}")
+        return given.with_shape((given.shape[0], math.prod(self.shape)))
+
+
+@dataclass(frozen=True, eq=False)
+class Unflatten(Operator):
+    """Vectors as samples of this ``shape``."""
+
+    shape: tuple[int, ...]
+    affine: ClassVar[bool] = True
+    fresh: ClassVar[bool] = False
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        return x.unflatten(1, self.shape)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        (given,) = types
+        if given is None or len(given.shape) != 2 or given.shape[1] != math.prod(self.shape):
+            raise GraphError(f"unflatten: {given} does not hold samples of {list(self.shape)}")
+        return given.with_shape((given.shape[0], *self.shape))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """In the arguments of a `Call`: the place of the input with this index."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Call(Operator):
+    """A call that rgc does not look into: a function, a method by name, or a module, with its argument structure."""
+
+    target: Any
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    fresh: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        if isinstance(self.target, nn.Module):
+            return type(self.target).__name__
+        return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", str(self.target))
+
+    @abstractmethod
+    def _is_final(self) -> None:
+        """Only `Structural` and `Opaque` are calls."""
+
+    def arguments(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's positional and keyword arguments with ``inputs`` in their places."""
+
+        def fill(leaf: Any) -> Any:
+            return inputs[leaf.index] if isinstance(leaf, Slot) else leaf
+
+        return tree_map(fill, self.args, is_leaf=_is_slot), tree_map(fill, dict(self.kwargs), is_leaf=_is_slot)
+
+    def evaluate(self, *inputs: Any) -> Any:
+        args, kwargs = self.arguments(inputs)
+        if isinstance(self.target, str):
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _meta(self, *types)
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        def convert(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return leaf.to(dtype)
+            return dtype if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
+
+        target = self.target
+        if isinstance(target, nn.Module):
+            target = copy.deepcopy(target).to(dtype)
+        args, kwargs = tree_map(convert, (self.args, self.kwargs), is_leaf=_is_slot)
+        return replace(self, target=target, args=args, kwargs=kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        if isinstance(self.target, nn.Module):
+            return list(self.target.parameters())
+        leaves: list[Tensor] = []
+        tree_map(lambda leaf: leaves.append(leaf) if isinstance(leaf, Tensor) else None, (self.args, self.kwargs))
+        return leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Structural(Call):
+    """A call that is affine in its inputs: reshapes, permutations, slices, means, zero pads."""
+
+    affine: ClassVar[bool] = True
+
+    def _is_final(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque(Call):
+    """A call that nothing rewrites and nothing loses."""
+
+    def _is_final(self) -> None: ...
+
+
+def _is_slot(leaf: object) -> bool:
+    return isinstance(leaf, Slot)
+
+
+def _broadcast(*types: TensorType | None) -> TensorType | None:
+    known = [given for given in types if given is not None]
+    if not known or len(known) < len(types):
+        return None
+    shape = torch.broadcast_shapes(*(given.shape for given in known))
+    dtype = known[0].dtype
+    for given in known[1:]:
+        dtype = torch.promote_types(dtype, given.dtype)
+    return TensorType(tuple(shape), dtype, fixed=any(given.fixed for given in known))
+
+
+def _meta(op: Operator, *types: TensorType | None) -> TensorType | None:
+    """The result type by running the operator on tensors without data."""
+    known = [given for given in types if given is not None]
+    if not known or len(known) < len(types):
+        return None
+    result = op.evaluate(*(torch.empty(given.shape, dtype=given.dtype, device="meta") for given in known))
+    if not isinstance(result, Tensor):
+        return None
+    return dataclasses.replace(known[0], shape=tuple(result.shape), dtype=result.dtype)
+
+
+__all__ = [
+    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "Multiply", "Opaque", "Slot",
+    "Structural", "Unflatten",
+]  # fmt: skip

@@ -1,0 +1,315 @@
+"""How is a rewrite stated? A decorated function: pattern and result are plain expressions, guards give reasons.
+
+    @rewrite(lambda x, conv, bn: bn(conv(x)))
+    def fold_batchnorm(x: Value, conv: Conv, bn: BatchNorm) -> Value:
+        require(not bn.training, "batch norm still uses batch statistics; call model.eval() first")
+        return (bn.as_linear() @ conv)(x)
+
+The parameters of the function are the holes of the pattern. A hole is typed by what may fill it: ``Value`` (anything),
+an operator class, `Linear` (any linear operator), `Region` or `Join` (an affine part of the graph), or
+``Annotated[Conv, predicate]`` for operators that satisfy a predicate. ``+``, ``-`` and ``*`` stand for `Add` and
+`Multiply`; sums match in both orders.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Annotated, Any
+
+from torch import nn
+
+from rgc.errors import GraphError
+from rgc.ir import Graph, Operator, Value
+from rgc.operators import Add, Multiply
+from rgc.region import Region
+
+Predicate = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A named place in a pattern: for a value, or, when applied, for an operator."""
+
+    name: str
+
+    def __call__(self, *arguments: Term) -> Applied:
+        return Applied(self.name, arguments)
+
+    def __add__(self, other: Term) -> Sum:
+        return Sum(self, other, 1)
+
+    def __sub__(self, other: Term) -> Sum:
+        return Sum(self, other, -1)
+
+    def __mul__(self, other: Term) -> Product:
+        return Product(self, other)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An operator hole applied to terms."""
+
+    operator: str
+    arguments: tuple[Term, ...]
+    __add__, __sub__, __mul__ = Hole.__add__, Hole.__sub__, Hole.__mul__
+
+
+@dataclass(frozen=True)
+class Sum:
+    """left + sign * right."""
+
+    left: Term
+    right: Term
+    sign: int
+    __add__, __sub__, __mul__ = Hole.__add__, Hole.__sub__, Hole.__mul__
+
+
+@dataclass(frozen=True)
+class Product:
+    """left * right."""
+
+    left: Term
+    right: Term
+    __add__, __sub__, __mul__ = Hole.__add__, Hole.__sub__, Hole.__mul__
+
+
+Term = Hole | Applied | Sum | Product
+
+
+@dataclass(frozen=True)
+class Match:
+    """What fills the holes, and the values between them that the rewrite would make superfluous."""
+
+    values: dict[str, Value] = field(default_factory=dict)
+    operators: dict[str, Operator] = field(default_factory=dict)
+    interior: tuple[Value, ...] = ()
+
+    @property
+    def root(self) -> Value:
+        """The value that the rewrite replaces."""
+        return self.interior[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pattern with the function that makes its result, and the classes of its holes."""
+
+    pattern: Term
+    build: Callable[..., Value]
+    holes: dict[str, tuple[Any, tuple[Predicate, ...]]]
+
+    @property
+    def matches_regions(self) -> bool:
+        """Is the whole pattern one affine region?"""
+        return isinstance(self.pattern, Applied) and self._region_class() is not None
+
+    def _region_class(self) -> type[Region] | None:
+        kind = self.holes[self.pattern.operator][0] if isinstance(self.pattern, Applied) else None
+        return kind if isinstance(kind, type) and issubclass(kind, Region) else None
+
+    def match(self, value: Value) -> Iterator[Match]:
+        """Every way in which the pattern ends at ``value``."""
+        return _match(self.pattern, value, Match(), self.holes)
+
+    def match_region(self, region: Region) -> Match | None:
+        """The match of a whole region, if it is of the class that the hole asks for."""
+        kind = self._region_class()
+        if kind is None or type(region) is not kind:
+            return None
+        assert isinstance(self.pattern, Applied) and isinstance(self.pattern.arguments[0], Hole)
+        if not all(holds(region) for holds in self.holes[self.pattern.operator][1]):
+            return None
+        source = self.pattern.arguments[0].name
+        return Match({source: region.source}, {self.pattern.operator: region}, region.values[::-1])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model on which a rewrite must fire, or must not and say why; it is test and documentation at once."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    fires: bool
+    because: str = ""
+    fixed_size: bool = False
+
+    @property
+    def name(self) -> str:
+        """The example's name as words."""
+        return self.build.__name__.replace("_", " ")
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """A named rewrite: its cases in the order in which they are tried, and its examples."""
+
+    name: str
+    statement: str
+    cases: list[Case]
+    examples: list[Example]
+
+    def also(self, pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
+        """Another pattern of the same rewrite, with a function of its own."""
+
+        def attach(build: Callable[..., Value]) -> Rewrite:
+            self.cases.append(_case(pattern, build))
+            return self
+
+        return attach
+
+    def fires_on(
+        self, shape: tuple[int, ...], *, fixed_size: bool = False
+    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+        """The decorated factory makes a model on which the rewrite fires; ``fixed_size`` as under --passes all."""
+
+        def attach(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+            self.examples.append(Example(build, shape, fires=True, fixed_size=fixed_size))
+            return build
+
+        return attach
+
+    def leaves_alone(
+        self, shape: tuple[int, ...], because: str, *, fixed_size: bool = False
+    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+        """The decorated factory makes a model that the rewrite refuses, with ``because`` in the reason."""
+
+        def attach(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+            self.examples.append(Example(build, shape, fires=False, because=because, fixed_size=fixed_size))
+            return build
+
+        return attach
+
+
+@dataclass(frozen=True, eq=False)
+class GraphPass:
+    """A named function from graph to graph, for what no local pattern says. Checked as a whole."""
+
+    name: str
+    statement: str
+    run: Callable[[Graph], Graph]
+
+
+Pass = Rewrite | GraphPass
+
+
+def rewrite(pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
+    """Turn a function into a rewrite; ``pattern`` is a lambda whose parameters are holes.
+
+    Raises `GraphError` where pattern and function name different holes or a hole has no type.
+    """
+
+    def make(build: Callable[..., Value]) -> Rewrite:
+        statement = inspect.getdoc(build) or inspect.getdoc(inspect.getmodule(build)) or ""
+        return Rewrite(build.__name__, statement, [_case(pattern, build)], [])
+
+    return make
+
+
+def graph_pass(run: Callable[[Graph], Graph]) -> GraphPass:
+    """Turn a function from graph to graph into a pass: the escape hatch for what no local pattern says."""
+    statement = inspect.getdoc(run) or inspect.getdoc(inspect.getmodule(run)) or ""
+    return GraphPass(run.__name__, statement, run)
+
+
+def observed(op: Operator) -> Operator:
+    """The same operator, remembering which of its geometry fields are read (see `unread_geometry`)."""
+    if not op.geometry:
+        return op
+    copy = object.__new__(_observed_class(type(op)))
+    copy.__dict__.update(op.__dict__, _original=op, _reads=set())
+    return copy
+
+
+def unread_geometry(op: Operator) -> list[str]:
+    """The geometry fields that are not at their default and that nobody has read."""
+    reads = op.__dict__.get("_reads")
+    if reads is None:
+        return []
+    return [name for name, default in op.geometry.items() if name not in reads and not _is(op.__dict__[name], default)]
+
+
+def _is(value: Any, default: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is(item, default) for item in value)
+    return value is default if default is None or value is None else bool(value == default)
+
+
+#: Views that state sizes, not geometry: reading them says nothing about the stride or the padding.
+_PLAIN_VIEWS = frozenset({"label", "kernel", "channels", "in_channels", "out_channels", "spatial"})
+
+
+@cache
+def _observed_class(cls: type[Operator]) -> type[Operator]:
+    def get(self: Any, name: str) -> Any:
+        state = object.__getattribute__(self, "__dict__")
+        if name in cls.geometry and "_reads" in state:
+            state["_reads"].add(name)
+        if name in _PLAIN_VIEWS and "_original" in state:
+            return getattr(state["_original"], name)
+        return object.__getattribute__(self, name)
+
+    # dataclasses.replace() builds obj.__class__, which has to be the plain class
+    return type(cls.__name__, (cls,), {"__getattribute__": get, "__class__": property(lambda self: cls)})
+
+
+def _case(pattern: Callable[..., Term], build: Callable[..., Value]) -> Case:
+    names = list(inspect.signature(pattern).parameters)
+    wanted = list(inspect.signature(build).parameters)
+    if sorted(names) != sorted(wanted):
+        raise GraphError(f"rewrite {build.__name__}: the pattern has the holes {names}, the function takes {wanted}")
+    term = pattern(*map(Hole, names))
+    if not isinstance(term, Applied | Sum | Product):
+        raise GraphError(f"rewrite {build.__name__}: the pattern must apply at least one operator")
+    hints = typing.get_type_hints(build, include_extras=True)
+    missing = [name for name in names if name not in hints]
+    if missing:
+        raise GraphError(f"rewrite {build.__name__}: the hole {missing[0]!r} has no type")
+    return Case(term, build, {name: _hole_type(hints[name]) for name in names})
+
+
+def _hole_type(hint: Any) -> tuple[Any, tuple[Predicate, ...]]:
+    if typing.get_origin(hint) is Annotated:
+        kind, *predicates = typing.get_args(hint)
+        return kind, tuple(predicates)
+    return hint, ()
+
+
+def _match(term: Term, value: Value, match: Match, holes: dict[str, Any]) -> Iterator[Match]:
+    if isinstance(term, Hole):
+        bound = match.values.get(term.name)
+        if bound is None:
+            yield replace(match, values={**match.values, term.name: value})
+        elif bound is value:
+            yield match
+        return
+    inside = replace(match, interior=(*match.interior, value))
+    if isinstance(term, Applied):
+        op, (kind, predicates) = value.op, holes[term.operator]
+        if not isinstance(op, kind) or len(value.inputs) != len(term.arguments):
+            return
+        if match.operators.get(term.operator, op) is not op or not all(holds(op) for holds in predicates):
+            return
+        bound_here = replace(inside, operators={**inside.operators, term.operator: op})
+        yield from _match_all(term.arguments, value.inputs, bound_here, holes)
+        return
+    if isinstance(term, Sum):
+        if isinstance(value.op, Add) and value.op.sign == term.sign:
+            yield from _match_all((term.left, term.right), value.inputs, inside, holes)
+            if term.sign == 1:
+                yield from _match_all((term.left, term.right), value.inputs[::-1], inside, holes)
+        return
+    if isinstance(value.op, Multiply):
+        yield from _match_all((term.left, term.right), value.inputs, inside, holes)
+        yield from _match_all((term.left, term.right), value.inputs[::-1], inside, holes)
+
+
+def _match_all(terms: tuple[Term, ...], values: tuple[Value, ...], match: Match, holes: dict[str, Any]) -> Iterator[Match]:
+    if not terms:
+        yield match
+        return
+    for first in _match(terms[0], values[0], match, holes):
+        yield from _match_all(terms[1:], values[1:], first, holes)

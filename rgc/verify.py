@@ -1,0 +1,182 @@
+"""Is the compiled model the original? Hypothesis draws inputs; float64 decides the function, the noise floor the floats.
+
+In float64 the compiled model must agree with the original to 1e-10 of the output's scale. In the deployed dtype its
+distance from the float64 original may not exceed a small multiple of the original's own distance: both round, and only
+the comparison of the two tells a fault from rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rgc.errors import InputError, NotEquivalentError
+from rgc.frontend import Example, output_difference
+from rgc.proof import TOLERANCE
+from rgc.report import Verification
+
+Level = Literal["quick", "full"]
+
+#: How many inputs are drawn beside the example.
+DRAWS: dict[str, int] = {"quick": 4, "full": 50}
+
+#: The compiled model may be so many times as far from the float64 original as the original itself ...
+NOISE_MULTIPLE = 4.0
+
+#: ... plus so many units in the last place of the output's scale, for originals that happen to round well.
+NOISE_FLOOR = 64.0
+
+
+def verify(
+    original: nn.Module, compiled: Callable[..., Any], example_inputs: Any = None, *, level: Level = "quick"
+) -> Verification:
+    """Compare a compiled model (or any loaded artifact) with its original on the example and on drawn inputs.
+
+    Raises `InputError` where the original cannot run the example; a difference is returned, not raised:
+    ``verify(...).equal``.
+    """
+    from rgc.compiler import example_of, floating_dtype, require_eval
+
+    require_eval(original)
+    example = example_of(original, example_inputs)
+    dtype = floating_dtype(original, example)
+    reference = copy.deepcopy(original).cpu().double().requires_grad_(False)
+    pair = Pair(original, compiled, reference, None, dtype)
+    try:
+        return pair.check(example, level=level, free_sizes=False)
+    except NotEquivalentError as error:
+        return Verification(False, None, float("inf"), 0.0, 0.0, 0, level, str(error))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An original and its compiled form, each in the deployed dtype and in float64 (None: not to be had)."""
+
+    original: Callable[..., Any]
+    compiled: Callable[..., Any]
+    reference: Callable[..., Any] | None
+    compiled_reference: Callable[..., Any] | None
+    dtype: torch.dtype
+
+    def check(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Verification:
+        """The worst differences over the example and the drawn inputs; raises `NotEquivalentError` with the input's shape."""
+        worst = _Worst()
+        self._compare(example, worst, expected)
+        for drawn in draw_examples(example, DRAWS[level], free_sizes):
+            try:
+                expected = drawn.cast(torch.float64 if self.reference else self.dtype).run(self.reference or self.original)
+            except (RuntimeError, ValueError, AssertionError, IndexError):
+                continue  # the original itself does not take this size, so nothing can be said about it
+            self._compare(drawn, worst, expected)
+        exact = worst.exact if self.compiled_reference is not None else None
+        return Verification(True, exact, worst.deployed, worst.own, worst.allowed, worst.count, level)
+
+    def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
+        reference = self.reference or self.original
+        precise = example.cast(torch.float64) if self.reference else example
+        if expected is None:
+            expected = precise.run(reference)
+        if self.compiled_reference is not None:
+            exact = output_difference(expected, precise.run(self.compiled_reference))
+            worst.exact = max(worst.exact, exact)
+            if not exact <= TOLERANCE:
+                raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
+        deployed = example.cast(self.dtype)
+        expected_on_device = expected
+        own = output_difference(expected_on_device, _on_cpu(deployed.run(self.original)))
+        found = output_difference(expected_on_device, _on_cpu(deployed.run(self.compiled)))
+        allowed = NOISE_MULTIPLE * own + NOISE_FLOOR * torch.finfo(self.dtype).eps
+        if not found <= allowed:
+            raise NotEquivalentError(
+                f"differs by {found:.1e} of its scale in {str(self.dtype).removeprefix('torch.')} on {_describe(example)}, "
+                f"where the original's own rounding explains {allowed:.1e}"
+            )
+        worst.deployed, worst.own = max(worst.deployed, found), max(worst.own, own)
+        worst.allowed, worst.count = max(worst.allowed, allowed), worst.count + 1
+
+
+@dataclass
+class _Worst:
+    exact: float = 0.0
+    deployed: float = 0.0
+    own: float = 0.0
+    allowed: float = 0.0
+    count: int = 0
+
+
+def draw_examples(example: Example, count: int, free_sizes: bool) -> Iterator[Example]:
+    """``count`` inputs like ``example``: other batches, other sizes where these are free, other distributions of values."""
+    drawn: list[Example] = []
+    import hypothesis
+    from hypothesis import strategies as st
+
+    batch = next((t.shape[0] for t in example.tensors if t.dim() > 1), 1)
+
+    @hypothesis.settings(
+        max_examples=count, derandomize=True, database=None, deadline=None,
+        phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(
+        st.integers(1, 5), st.integers(-3, 3), st.sampled_from([1, 2, 4]), st.sampled_from(_DISTRIBUTIONS), st.integers(0, 2**31)
+    )
+    def draw(new_batch: int, shift: int, divisor: int, distribution: Callable[..., Tensor], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def like(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            shape = list(leaf.shape)
+            if leaf.dim() > 1 and shape[0] == batch:
+                shape[0] = new_batch
+            if free_sizes and leaf.dim() > 2:
+                shape[2:] = [min(n, max(1, n // divisor + shift)) for n in shape[2:]]
+            if leaf.is_floating_point():
+                return distribution(tuple(shape), generator).to(leaf.dtype)
+            index = torch.randint(0, max(leaf.numel(), 1), tuple(shape), generator=generator)
+            return leaf.flatten()[index] if leaf.numel() else leaf
+
+        drawn.append(Example(tree_map(like, example.args), tree_map(like, example.kwargs)))
+
+    draw()
+    yield from drawn
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _sparse(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return _normal(shape, generator) * (_uniform(shape, generator) < 0.05)
+
+
+def _large(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return 16 * _normal(shape, generator)
+
+
+_DISTRIBUTIONS = (_normal, _sparse, _uniform, _large)
+
+
+def _describe(example: Example) -> str:
+    shapes = ["x".join(map(str, tensor.shape)) for tensor in example.tensors]
+    return f"an input of {', '.join(shapes)}"
+
+
+def _on_cpu(output: Any) -> Any:
+    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, output)
+
+
+def require_level(level: str) -> Level:
+    """``level`` if it is one; `InputError` otherwise."""
+    if level not in DRAWS:
+        raise InputError(f"unknown verification level {level!r}; choose one of {', '.join(DRAWS)}")
+    return level  # type: ignore[return-value]  # just checked

@@ -1,0 +1,16 @@
+"""How many random examples do the tests draw? The environment variable HYPOTHESIS_PROFILE says: ci or nightly."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Models are slow to build, and the first call of an operator is slower than the next: neither is a fault of a test.
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
+
+settings.register_profile(
+    "ci", derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=_SLOW
+)
+settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
