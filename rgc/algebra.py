@@ -126,6 +126,29 @@ class Scale(Linear):
         return types[0]
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A weight of known shape that is computed when somebody reads it, so that costs can be weighed before the work."""
+
+    shape: Size
+    compute: Callable[[], Tensor]
+
+
+class _Weight:
+    """The weight field of a `Conv`: a tensor, or a `Deferred` one that becomes a tensor on first reading."""
+
+    def __get__(self, conv: Any, owner: type) -> Tensor:
+        if conv is None:
+            raise AttributeError("weight has no default")
+        stored = conv.__dict__["weight"]
+        if isinstance(stored, Deferred):
+            stored = conv.__dict__["weight"] = stored.compute()
+        return cast(Tensor, stored)
+
+    def __set__(self, conv: Any, value: Tensor | Deferred) -> None:
+        conv.__dict__["weight"] = value
+
+
 @dataclass(frozen=True, eq=False)
 class Conv(Linear):
     """A local affine map: convolution of any rank, ``nn.Linear`` (no spatial axis), or a transposed convolution.
@@ -139,7 +162,7 @@ class Conv(Linear):
     size: the only spatial input size at which the map holds; None for every size.
     """
 
-    weight: Tensor
+    weight: _Weight = _Weight()  # noqa: RUF009 - a descriptor, not a default
     bias: Tensor | None = None
     stride: Any = 1
     padding: Any = 0
@@ -157,16 +180,16 @@ class Conv(Linear):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.weight.dim() < 2:
-            raise GraphError(f"Conv: weight must be [out, in / groups, *kernel], got {list(self.weight.shape)}")
-        rank = self.weight.dim() - 2
+        if len(self.shape) < 2:
+            raise GraphError(f"Conv: weight must be [out, in / groups, *kernel], got {list(self.shape)}")
+        rank = len(self.shape) - 2
         for name in ("stride", "dilation", "output_padding"):
             object.__setattr__(self, name, _per_axis(name, getattr(self, name), rank))
         object.__setattr__(self, "padding", _both_sides(self.padding, rank))
         self._check()
 
     def _check(self) -> None:
-        first, rank = self.weight.shape[0], self.weight.dim() - 2
+        first, rank = self.shape[0], len(self.shape) - 2
         if self.groups < 1 or first % self.groups:
             raise GraphError(f"Conv: {first} channels do not divide into {self.groups} groups")
         if self.bias is not None and (self.bias.shape[0] != self.out_channels or self.bias.dim() not in (1, 1 + rank)):
@@ -196,22 +219,28 @@ class Conv(Linear):
             return
         found, expected = tuple(self.bias.shape[1:]), self.output_size(self.size)
         if found != expected:
-            raise GraphError(f"Conv: bias map {list(found)} does not fit the output {list(expected)} at {list(self.size)}")
+            where = f"the output {list(expected)} at {list(self.size)}"
+            raise GraphError(f"Conv: bias map {list(found)} does not fit {where}")
+
+    @property
+    def shape(self) -> Size:
+        """The shape of the weight, known also where the weight is not computed yet."""
+        return tuple(self.__dict__["weight"].shape)
 
     @property
     def kernel(self) -> Size:
         """Taps per axis."""
-        return tuple(self.weight.shape[2:])
+        return tuple(self.shape[2:])
 
     @property
     def in_channels(self) -> int:
         """Channels read."""
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+        return self.shape[0] if self.transposed else self.shape[1] * self.groups
 
     @property
     def out_channels(self) -> int:
         """Channels made."""
-        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+        return self.shape[1] * self.groups if self.transposed else self.shape[0]
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -219,7 +248,7 @@ class Conv(Linear):
 
     @property
     def spatial(self) -> int:
-        return self.weight.dim() - 2
+        return len(self.shape) - 2
 
     @property
     def any_size(self) -> bool:
@@ -305,6 +334,8 @@ def compose(second: Linear, first: Linear, size: Size | None = None) -> Linear:
     if b.out_channels != a.in_channels:
         raise GraphError(f"{b.label} makes {b.out_channels} channels, {a.label} reads {a.in_channels}")
     size = _common_size(a, b, size)
+    if isinstance(first, Scale) and first.is_identity:
+        return a
     if a.transposed or b.transposed:
         return _compose_transposed(a, b, size)
     anywhere = border(a, b, None)
@@ -337,12 +368,9 @@ def add(left: Linear, right: Linear, size: Size | None = None) -> Linear:
         pinned = size
     mode, value = _common_padding(a, b)
     groups = math.gcd(a.groups, b.groups)
-    wa, wb = (regrouped(conv, groups).weight.double() for conv in (a, b))
     axes = [_align(a, b, axis) for axis in range(a.spatial)]
-    kernel = [axis.taps for axis in axes]
-    weight = wa.new_zeros(a.out_channels, a.in_channels // groups, *kernel)
-    for w, index in ((wa, 0), (wb, 1)):
-        weight[(slice(None), slice(None), *(axis.place[index] for axis in axes))] += w
+    shape = (a.out_channels, a.in_channels // groups, *(axis.taps for axis in axes))
+    weight = Deferred(shape, lambda: _sum_of_kernels(a, b, groups, axes))
     total = _sum_of_biases(a.bias, b.bias)
     return Conv(
         weight, total, a.stride, tuple(axis.padding for axis in axes), tuple(axis.dilation for axis in axes),
@@ -421,15 +449,18 @@ def _linear_part(second: Conv, first: Conv) -> Conv:
     dilation = tuple(math.gcd(*step) or 1 for step in steps)
     inner = [step1 // d for (step1, _), d in zip(steps, dilation, strict=True)]
     outer = [step2 // d for (_, step2), d in zip(steps, dilation, strict=True)]
-    weight = _compose_kernels(second, first, inner, outer)
+    groups = math.gcd(first.groups, second.groups)
+    extents = zip(inner, outer, first.kernel, second.kernel, strict=True)
+    extent = tuple(i * (k1 - 1) + o * (k2 - 1) + 1 for i, o, k1, k2 in extents)
+    shape = (second.out_channels, first.in_channels // groups, *extent)
+    weight = Deferred(shape, lambda: _compose_kernels(second, first, inner, outer))
     padding = tuple(
         (b1 + s1 * b2, a1 + s1 * a2)
         for (b1, a1), s1, (b2, a2) in zip(first.padding, first.stride, second.padding, strict=True)
     )
     stride = tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True))
     padded = [conv for conv in (second, first) if conv.is_padded]
-    mode = next((conv.padding_mode for conv in padded if conv.padding_mode != "zeros"), "zeros")
-    groups = math.gcd(first.groups, second.groups)
+    mode: PaddingMode = next((conv.padding_mode for conv in padded if conv.padding_mode != "zeros"), "zeros")
     value = first.pad_value if first.is_padded else None
     return Conv(weight, None, stride, padding, dilation, groups, mode, value)
 
@@ -470,7 +501,7 @@ def _with_bias(linear: Conv, second: Conv, first: Conv, size: Size | None, pinne
     maps = [conv.bias for conv in (first, second) if conv.bias is not None and conv.bias.dim() > 1]
     if not maps and _ring_is_constant(second, first):
         bias = _pushed_bias(second, first)
-        return replace(linear, bias=bias, size=size if pinned or first.size or second.size else None)
+        return _changed(linear, bias=bias, size=size if pinned or first.size or second.size else None)
     if size is None:
         raise Refusal(
             f"{second.label} reads a ring around the output of {first.label} as "
@@ -478,7 +509,7 @@ def _with_bias(linear: Conv, second: Conv, first: Conv, size: Size | None, pinne
             "exact only with a bias map at a fixed size (--passes all)"
         )
     at_zero = replace(second, **_double(second)).evaluate(_response_to_zero(replace(first, **_double(first)), size))
-    return replace(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
+    return _changed(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
 
 
 def _ring_is_constant(second: Conv, first: Conv) -> bool:
@@ -606,6 +637,14 @@ def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list
 # --- sums --------------------------------------------------------------------------------------------------------
 
 
+def _sum_of_kernels(a: Conv, b: Conv, groups: int, axes: list[_Alignment]) -> Tensor:
+    wa, wb = (regrouped(conv, groups).weight.double() for conv in (a, b))
+    weight = wa.new_zeros(a.out_channels, a.in_channels // groups, *(axis.taps for axis in axes))
+    for w, index in ((wa, 0), (wb, 1)):
+        weight[(slice(None), slice(None), *(axis.place[index] for axis in axes))] += w
+    return weight
+
+
 @dataclass(frozen=True)
 class _Alignment:
     taps: int
@@ -643,7 +682,7 @@ def _common_padding(a: Conv, b: Conv) -> tuple[PaddingMode, Tensor | None]:
         all(conv.padding_mode == padded[0].padding_mode for conv in padded),
         f"padding modes differ: {a.padding_mode} and {b.padding_mode}",
     )
-    values = [padded[0].weight.new_zeros(a.in_channels) if c.pad_value is None else c.pad_value for c in padded]
+    values = [torch.zeros(a.in_channels) if c.pad_value is None else c.pad_value.cpu() for c in padded]
     require(
         all(torch.equal(value.double(), values[0].double()) for value in values),
         "the two branches pad with different constants",
@@ -684,7 +723,7 @@ def _as_convs(second: Linear, first: Linear, parallel: bool = False) -> tuple[Co
     entering = (inner or known)[0]
     b = first.as_conv(entering, spatial)
     a = second.as_conv(entering if parallel else b.out_channels, spatial)
-    return replace(a), replace(b)  # the laws account for every field, so every field counts as read
+    return _changed(a), _changed(b)  # the laws account for every field, so every field counts as read
 
 
 def _same_axes(a: Scale, b: Scale) -> bool:
@@ -714,6 +753,12 @@ def _without_constant_axes(bias_map: Tensor) -> Tensor:
     """A bias map that is the same everywhere is an ordinary bias."""
     flat = bias_map.reshape(bias_map.shape[0], -1)
     return flat[:, 0].contiguous() if bool((flat == flat[:, :1]).all()) else bias_map
+
+
+def _changed(conv: Conv, **changes: Any) -> Conv:
+    """`dataclasses.replace` that leaves a deferred weight deferred."""
+    fields = {name: getattr(conv, name) for name in ("bias", *conv.geometry)}
+    return Conv(**{"weight": conv.__dict__["weight"], **fields, **changes})
 
 
 def _sum_of_taps(conv: Conv) -> Tensor:

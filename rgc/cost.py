@@ -14,7 +14,7 @@ from typing import Literal
 from rgc.algebra import Conv
 from rgc.errors import InputError
 from rgc.ir import Input, Value
-from rgc.operators import Constant, Structural
+from rgc.operators import BatchNorm, Constant, Structural
 
 Objective = Literal["latency", "depth", "macs", "params"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
@@ -73,12 +73,15 @@ def macs(value: Value) -> int:
     if not isinstance(value.op, Conv):
         return 0
     counted = value.inputs[0] if value.op.transposed else value
-    per_element = value.op.weight[0].numel()
-    return math.prod(counted.tensor_type.shape) * per_element
+    return math.prod(counted.tensor_type.shape) * math.prod(value.op.shape[1:])
 
 
 def parameters(value: Value) -> int:
-    """Elements of the operator's parameters."""
+    """Elements of the operator's parameters; the statistics of a batch norm are no parameters."""
+    if isinstance(value.op, Conv):  # without computing a deferred weight
+        return math.prod(value.op.shape) + (0 if value.op.bias is None else value.op.bias.numel())
+    if isinstance(value.op, BatchNorm):
+        return sum(tensor.numel() for tensor in (value.op.weight, value.op.bias) if tensor is not None)
     return 0 if isinstance(value.op, Input) else sum(tensor.numel() for tensor in value.op.tensors())
 
 

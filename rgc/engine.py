@@ -7,6 +7,7 @@ undone before anything saw it, and reported.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ def _merged_origin(match: Match) -> Origin:
     """Every path that went in; the convolution with the most weights gives the new layer its name."""
 
     def weight(value: Value) -> int:
-        return value.op.weight.numel() if isinstance(value.op, Conv) else 0
+        return math.prod(value.op.shape) if isinstance(value.op, Conv) else 0
 
     leading = max(match.interior, key=weight)
     origin = leading.origin

@@ -82,7 +82,7 @@ def _probe_shapes(values: list[Value], sources: Sequence[Value]) -> Iterator[lis
         yield exact
         return
     axes = next(iter(spatial), 0) or 0
-    extent = _extent(values, axes)
+    extent = _extent(values, sources, axes)
     for parity in ((1, 2), (2, 1)):
         size = tuple(itertools.islice(itertools.cycle(extent + p for p in parity), axes))
         yield [_small(shape, axes, size) for shape in exact]
@@ -96,17 +96,21 @@ def _small(shape: tuple[int, ...], axes: int, size: tuple[int, ...]) -> tuple[in
     return (*(min(n, 2) for n in shape[:lead]), shape[lead], *size)
 
 
-def _extent(values: list[Value], axes: int) -> int:
-    """A size at which every window fits with room: all reaches added up, times all strides."""
-    reach, stride = 1, 1
+def _extent(values: list[Value], sources: Sequence[Value], axes: int) -> int:
+    """A size at which every window fits with one step of room: the receptive field and the stride."""
+    fields = {source: (1, 1) for source in sources}  # receptive field and stride of each value
     for value in values:
         op = value.op
+        before = [fields.get(used, (1, 1)) for used in value.inputs] or [(1, 1)]
+        reach, stride = max(r for r, _ in before), max(s for _, s in before)
         if isinstance(op, Conv) and op.spatial == axes and axes:
-            reach += max(d * (k - 1) for d, k in zip(op.dilation, op.kernel, strict=True))
-            stride *= 1 if op.transposed else max(op.stride)
-        if isinstance(op, AvgPool):
-            reach, stride = reach + max(op.window) - 1, stride * max(op.stride)
-    return min(reach * min(stride, 8), 64)
+            widest = max(d * (k - 1) for d, k in zip(op.dilation, op.kernel, strict=True))
+            fields[value] = (reach + widest * stride, stride * (1 if op.transposed else max(op.stride)))
+        elif isinstance(op, AvgPool):
+            fields[value] = (reach + (max(op.window) - 1) * stride, stride * max(op.stride))
+        else:
+            fields[value] = (reach, stride)
+    return max(reach + stride - 1 for reach, stride in fields.values())
 
 
 def _random(shape: tuple[int, ...], source: Value, generator: torch.Generator) -> Tensor:

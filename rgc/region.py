@@ -58,6 +58,11 @@ class Region(Operator):
         return maps[self.sink]
 
     @property
+    def spatial(self) -> int:
+        """The number of spatial axes on which the region acts."""
+        return self._axes_and_channels[0]
+
+    @property
     def _axes_and_channels(self) -> tuple[int, int]:
         spatial = next((v.op.spatial for v in self.values if isinstance(v.op, Linear) and v.op.spatial is not None), None)
         shape = self.source.tensor_type.shape

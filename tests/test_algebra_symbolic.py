@@ -128,7 +128,7 @@ def test_branches_of_equal_reach_have_equal_output_sizes() -> None:
 
 
 def test_the_aligned_kernel_keeps_the_reach_and_never_crops() -> None:
-    before, lower, upper = sp.symbols("before lower upper", integer=True, nonnegative=True)
+    lower, upper = sp.symbols("lower upper", integer=True, nonnegative=True)
     first = -b1 - lower  # the earliest offset of both kernels, at or before that of this one
     last = d1 * (k1 - 1) - b1 + upper  # the latest, at or after that of this one
     behind = _reach(FIRST)[0] + 1 + last

@@ -1,0 +1,116 @@
+"""Does a loaded artifact compute what its original computes? The bar of `rgc.verify`, for what files give back.
+
+A file gives back less than a module: an ``.onnx`` returns a flat list of tensors, its dtype shows in its inputs only,
+and what it holds may take the batch of its example and no other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rgc.compiler import floating_dtype
+from rgc.errors import InputError, NotEquivalentError
+from rgc.frontend import Example
+from rgc.onnx_artifact import OnnxModel
+from rgc.report import Verification
+from rgc.verify import Level, Pair
+
+#: What artifacts raise for inputs that they do not take: onnxruntime through `OnnxModel`, torch by guards and kernels.
+_REFUSALS = (InputError, RuntimeError, AssertionError, ValueError, IndexError, TypeError)
+
+_ONNX_DTYPES = {
+    "tensor(float16)": torch.float16,
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(bfloat16)": torch.bfloat16,
+}
+
+
+def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level: Level = "quick") -> Verification:
+    """Hold ``artifact``, in its own dtype, against the float64 ``original`` on the example and on drawn inputs.
+
+    Drawn batches that the artifact refuses to take are left out: it is then not wrong, but made for one batch size.
+    Raises `InputError` where one of the two cannot run the example; a difference is returned, not raised.
+    """
+    dtype = _dtype_of(artifact, original, example)
+    precise = _in_float64(original, example)
+    deployed = copy.deepcopy(original).to(dtype)
+    reference = precise or deployed
+    _require_takes(artifact, example.cast(dtype))
+    accepted = {_shapes(example): True}
+
+    def within_reach(*args: Any, **kwargs: Any) -> list[Any]:
+        drawn = Example(args, kwargs)
+        if accepted.setdefault(_shapes(drawn), _takes(artifact, drawn.cast(dtype))):
+            return _flat(reference)(*args, **kwargs)
+        raise ValueError("the artifact does not take this batch")  # Pair leaves out what the reference does not take
+
+    pair = Pair(_flat(deployed), _flat(artifact), within_reach, None, dtype)
+    if precise is None:
+        pair = Pair(within_reach, _flat(artifact), None, None, dtype)
+    try:
+        return pair.check(example if precise else example.cast(dtype), level=level, free_sizes=False)
+    except NotEquivalentError as error:
+        return Verification(False, None, float("inf"), 0.0, 0.0, 0, level, str(error))
+
+
+def _dtype_of(artifact: nn.Module, original: nn.Module, example: Example) -> torch.dtype:
+    """The floating-point dtype in which the artifact computes."""
+    if not isinstance(artifact, OnnxModel):
+        return floating_dtype(artifact, example.cast(floating_dtype(original, example)))
+    kinds = [entry.type for entry in artifact.session.get_inputs()]
+    found = [_ONNX_DTYPES[kind] for kind in kinds if kind in _ONNX_DTYPES]
+    return found[0] if found else floating_dtype(original, example)
+
+
+def _in_float64(original: nn.Module, example: Example) -> nn.Module | None:
+    """The original in float64, or None if it runs in its own dtype only."""
+    precise = copy.deepcopy(original).double().requires_grad_(False)
+    try:
+        example.cast(torch.float64).run(precise)
+        return precise
+    except (RuntimeError, TypeError):
+        pass  # it may have a dtype written into it; the next run tells that from an input that it does not take
+    try:
+        example.cast(floating_dtype(original, example)).run(original)
+        return None
+    except Exception as error:
+        raise InputError(f"{type(original).__name__} does not run on {_describe(example)}: {_first(error)}") from error
+
+
+def _require_takes(artifact: nn.Module, example: Example) -> None:
+    try:
+        example.run(artifact)
+    except _REFUSALS as error:
+        raise InputError(f"the artifact does not take {_describe(example)}: {_first(error)}") from error
+
+
+def _takes(artifact: nn.Module, example: Example) -> bool:
+    try:
+        example.run(artifact)
+    except _REFUSALS:
+        return False
+    return True
+
+
+def _flat(model: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """The same model with its tensors as a flat list, which is all that ONNX returns."""
+    return lambda *args, **kwargs: [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _shapes(example: Example) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in example.tensors)
+
+
+def _describe(example: Example) -> str:
+    return f"an input of {', '.join('x'.join(map(str, shape)) for shape in _shapes(example))}"
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,303 @@
+"""What can be done from a shell? ``rgc compile``, ``inspect``, ``verify`` and ``passes``.
+
+Exit status: 0 done, 1 not equivalent (nothing is written), 2 bad input or usage, 130 interrupted. Every error is one
+line on stderr. What a command needs is imported when it runs, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from rgc import __version__
+from rgc.errors import InputError, RgcError
+
+DONE, NOT_EQUIVALENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; the exit status. Only our own bugs raise."""
+    from rgc.cli_output import print_error
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about its own internals, and stderr is for our errors
+        try:
+            # click's own main() would print an empty line of its own when interrupted.
+            with cli.make_context("rgc", list(arguments)) as context:
+                return cli.invoke(context) or DONE
+        except click.exceptions.Exit as done:  # --help and --version
+            return done.exit_code
+        except click.ClickException as error:
+            print_error(_usage_error(error))
+            return BAD_INPUT
+        except InputError as error:
+            print_error(error)
+            return BAD_INPUT
+        except RgcError as error:
+            print_error(error)
+            return NOT_EQUIVALENT
+        except KeyboardInterrupt:
+            print_error("interrupted")
+            return INTERRUPTED
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings=_SETTINGS,
+    epilog="""\b
+Examples:
+  rgc compile model.pt --passes all
+  rgc verify model.pt model.fused.pt2
+  rgc passes fold_batchnorm
+
+'rgc COMMAND --help' says more about each.""",
+)
+@click.version_option(__version__, message="rgc %(version)s")
+@click.pass_context
+def cli(context: click.Context) -> int | None:
+    """Make a trained PyTorch model smaller without changing what it computes."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+    return None
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several option decorators as one, in the order in which --help lists them."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_LOADING = (
+    click.option(
+        "--input", "inputs", multiple=True, metavar="SHAPE",
+        help="What the model takes: 1x3x224x224; once per input, in order; name=1x16 by keyword; 1x16:int64 for "
+        "integers. Default: the model's own example, or the size that timm or torchvision name.",
+    ),
+    click.option("--arch", metavar="MODULE:FACTORY", help="What makes the model that a state dict belongs to."),
+    click.option("--trust", is_flag=True, help="Load also what can run code when it is loaded."),
+)  # fmt: skip
+_PLUGIN = click.option(
+    "--plugin", "plugins", multiple=True, metavar="FILE|MODULE", help="Add the passes of this Python file or module."
+)
+_OBJECTIVE = click.option(
+    "--objective", type=click.Choice(["latency", "depth", "macs", "params"]), default="latency", show_default=True,
+    help="What a merge has to improve.",
+)  # fmt: skip
+_TARGET = click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Whose cost model says what pays.")
+_LEVEL = click.option(
+    "--verify", "level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
+    help="How many inputs the proof draws.",
+)  # fmt: skip
+
+
+@cli.command(
+    "compile",
+    epilog="""\b
+Examples:
+  rgc compile model.pt
+  rgc compile model.pt --passes all,-collapse --input 1x3x224x224
+  rgc compile model.pt --output model.onnx --report report.json
+  rgc compile weights.safetensors --arch torchvision.models:resnet18
+  rgc compile zoo:repvgg_a0 --objective depth --format python""",
+)
+@click.argument("model")
+@click.option(
+    "--passes",
+    default="default",
+    show_default=True,
+    metavar="NAMES",
+    help="'default' (exact for any input size), 'all' (also what holds at the example's size only), or names; "
+    "separated by commas; -NAME takes one away.",
+)
+@_options(_OBJECTIVE, _TARGET)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "float64"]),
+    help="The dtype of the result. Default: the model's own.",
+)
+@click.option("--output", metavar="PATH", help="Where to write; .pt2, .onnx or / chooses the format.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["pt2", "onnx", "python"]),
+    help="What to write. Default: what --output ends as, else pt2.",
+)
+@click.option("--report", metavar="FILE.json", help="Write the report here as well.")
+@_options(_LEVEL)
+@click.option("--strict", is_flag=True, help="Stop at the first rewrite whose check fails, instead of undoing it.")
+@_options(*_LOADING, _PLUGIN)
+def compile_command(
+    model: str,
+    passes: str,
+    objective: Any,
+    target: str | None,
+    dtype: str | None,
+    output: str | None,
+    format_: str | None,
+    report: str | None,
+    level: Any,
+    strict: bool,
+    inputs: tuple[str, ...],
+    arch: str | None,
+    trust: bool,
+    plugins: tuple[str, ...],
+) -> None:
+    """Merge what is linear in MODEL, prove the result equal, and write it.
+
+    MODEL is a file of torch.save (.pt, .pth), a state dict (also .safetensors) with --arch, or zoo:NAME. The result
+    goes to --output, or beside MODEL as MODEL.fused.pt2. Nothing is written unless the result was proved equal.
+    """
+    import torch
+
+    from rgc.cli_files import load_original, write
+    from rgc.cli_options import Destination, chosen_passes, example_for, parse_inputs
+    from rgc.cli_output import console, print_written, progress
+    from rgc.compiler import compile, require_eval
+
+    specs = parse_inputs(inputs)
+    destination = Destination.of(model, output, format_, report)
+    chosen = chosen_passes(passes, plugins)
+    with progress(f"loading {model}"):
+        original = load_original(model, arch, trust)
+    require_eval(original)
+    example = example_for(original, specs)
+    with progress(f"compiling {type(original).__name__}"):
+        compiled = compile(
+            original, example, passes=chosen, objective=objective, target=target,
+            dtype=None if dtype is None else getattr(torch, dtype), verify=level, strict=strict,
+        )  # fmt: skip
+    with progress(f"writing {destination.artifact}"):
+        written = write(compiled, original, destination, model)
+    out = console()
+    out.print(compiled.report)
+    print_written(out, written)
+
+
+@cli.command(
+    "inspect",
+    epilog="""\b
+Examples:
+  rgc inspect model.pt
+  rgc inspect model.pt --passes fold_batchnorm,merge_branches
+  rgc inspect zoo:reducenet20 --passes all --objective depth""",
+)
+@click.argument("model")
+@click.option("--passes", metavar="NAMES", help="Show the graph after these passes, named as in rgc compile.")
+@_options(_OBJECTIVE, _TARGET, *_LOADING, _PLUGIN)
+def inspect_command(
+    model: str,
+    passes: str | None,
+    objective: Any,
+    target: str | None,
+    inputs: tuple[str, ...],
+    arch: str | None,
+    trust: bool,
+    plugins: tuple[str, ...],
+) -> None:
+    """Print the graph that rgc sees in MODEL, each value with its layer and its source line."""
+    from rgc.cli_files import load_original
+    from rgc.cli_options import chosen_passes, example_for, parse_inputs
+    from rgc.cli_output import console, print_trace, progress
+    from rgc.compiler import require_eval, trace
+
+    specs = parse_inputs(inputs)
+    if passes is None and plugins:
+        raise InputError("--plugin: say with --passes which passes to show, e.g. --passes default")
+    chosen = [] if passes is None else chosen_passes(passes, plugins)
+    with progress(f"loading {model}"):
+        original = load_original(model, arch, trust)
+    require_eval(original)
+    with progress(f"tracing {type(original).__name__}"):
+        example = example_for(original, specs)
+        traced = trace(original, example, passes=chosen, objective=objective, target=target)
+    print_trace(console(), type(original).__name__, traced)
+
+
+@cli.command(
+    "verify",
+    epilog="""\b
+Examples:
+  rgc verify model.pt model.fused.pt2
+  rgc verify model.pt model.onnx --input 1x3x224x224 --verify full
+  rgc verify zoo:reducenet20 reducenet20.fused/ --trust""",
+)
+@click.argument("original")
+@click.argument("artifact")
+@_options(_LEVEL, *_LOADING)
+def verify_command(
+    original: str, artifact: str, level: Any, inputs: tuple[str, ...], arch: str | None, trust: bool
+) -> int:
+    """Compare ARTIFACT (.pt2, .onnx or a folder) with its ORIGINAL; exit status 0 if they are equal, 1 if not.
+
+    An .onnx runs in onnxruntime. A folder holds Python code, so it takes --trust, and so does a .pt2 unless it is found
+    to carry nothing that runs when it is loaded.
+    """
+    from rgc.artifact_check import compare
+    from rgc.cli_files import load_artifact, load_original
+    from rgc.cli_options import example_for, parse_inputs
+    from rgc.cli_output import console, print_verification, progress
+    from rgc.compiler import require_eval
+
+    specs = parse_inputs(inputs)
+    with progress(f"loading {artifact}"):
+        loaded = load_artifact(artifact, trust)
+    with progress(f"loading {original}"):
+        model = load_original(original, arch, trust)
+    require_eval(model)
+    with progress("comparing"):
+        found = compare(model, loaded, example_for(model, specs), level=level)
+    print_verification(console(), found)
+    return DONE if found.equal else NOT_EQUIVALENT
+
+
+@cli.command(
+    "passes",
+    epilog="""\b
+Examples:
+  rgc passes
+  rgc passes merge_branches
+  rgc passes --plugin my_passes.py""",
+)
+@click.argument("name", required=False)
+@_options(_PLUGIN)
+def passes_command(name: str | None, plugins: tuple[str, ...]) -> None:
+    """List the passes; with NAME, show what one states, matches, fires on and leaves alone."""
+    from rgc.cli_options import load_plugin
+    from rgc.cli_output import console, print_pass, print_passes
+    from rgc.passbook import resolve
+    from rgc.passes import ALL, DEFAULT
+
+    added = {each.name: each for plugin in plugins for each in load_plugin(plugin)}
+    if name is None:
+        print_passes(console(), [*ALL, *added.values()], DEFAULT)
+    elif name in added:
+        print_pass(console(), added[name])
+    else:
+        known = {each.name: each for each in ALL}
+        print_pass(console(), known[name] if name in known else resolve([name])[0][0])
+
+
+def _usage_error(error: click.ClickException) -> str:
+    """click's message, and where to read on."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = "rgc" if context is None else context.command_path
+    return f"{error.format_message().rstrip('.')} (see {path} --help)"

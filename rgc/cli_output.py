@@ -1,0 +1,208 @@
+"""What does the user of the command line see? Results on stdout; progress, and errors in one line, on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rgc.artifact import Artifact
+    from rgc.compiler import Trace
+    from rgc.report import Verification
+    from rgc.rewrite import Example, Pass, Term
+
+#: Work that is over sooner shows no progress: a flicker tells nobody anything.
+_PATIENCE = 1.0
+
+
+def console() -> Console:
+    """Where results go: in colour on a terminal, plain elsewhere, as wide as either."""
+    return Console(highlight=False)
+
+
+def one_line(message: object) -> str:
+    """``message`` on one line, with whatever could steer a terminal made visible.
+
+    >>> one_line("cannot\\nread \\x1b[31mmodel.pt")
+    'cannot read \\\\x1b[31mmodel.pt'
+    """
+    text = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_error(message: object) -> None:
+    """One line on stderr."""
+    print(f"rgc: {one_line(message)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress(doing: str) -> Iterator[None]:
+    """Say what is being done, and for how long, on a terminal, once it has taken a second."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = Progress(*columns, console=errors, transient=True)
+    bar.add_task(one_line(doing), total=None)
+    timer = threading.Timer(_PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+def print_written(out: Console, artifact: Artifact) -> None:
+    """What there is to say about a new artifact, its path and size last."""
+    for note in artifact.notes:
+        out.print(Text(f"note: {note}"))
+    free = artifact.free_dimensions
+    freedom = "" if free is None else f"; free dimensions: {', '.join(free) or 'none'}"
+    slash = "/" if artifact.format == "python" else ""
+    size = human_size(size_of(artifact.path))
+    out.print(Text(f"wrote {one_line(artifact.path)}{slash} ({size}{freedom})"), soft_wrap=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, of the weights that an ONNX file keeps beside it, or of everything in a folder."""
+    parts = path.rglob("*") if path.is_dir() else (path, path.with_name(path.name + ".data"))
+    return sum(part.stat().st_size for part in parts if part.is_file())
+
+
+def human_size(count: int) -> str:
+    """A number of bytes for people.
+
+    >>> human_size(532), human_size(43_210), human_size(8_700_000)
+    ('532 B', '43.2 kB', '8.7 MB')
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def print_trace(out: Console, name: str, trace: Trace) -> None:
+    """A graph as text, its operators counted, and what was done to it."""
+    from rgc.emit import operator_counts
+
+    counts = operator_counts(trace.graph)
+    _print_heading(out, f"{name}: {counts.total()} operators, traced by {trace.tier}")
+    out.print(Text(str(trace.graph)), soft_wrap=True)
+    _print_heading(out, "\noperators")
+    _print_table(out, ("operator", "count"), ([name, str(count)] for name, count in sorted(counts.items())), right=(1,))
+    if trace.rewrites:
+        _print_heading(out, "\nrewrites")
+        rows = ([firing.rewrite, firing.where, firing.evidence] for firing in trace.rewrites)
+        _print_table(out, ("rewrite", "where", "evidence"), rows)
+    if trace.refusals:
+        _print_heading(out, "\nrefusals")
+        refused = ([each.rewrite, each.where, each.reason] for each in trace.refusals)
+        _print_table(out, ("rewrite", "where", "reason"), refused)
+    for note in trace.notes:
+        out.print(Text(f"note: {note}"))
+
+
+def print_verification(out: Console, found: Verification) -> None:
+    """The errors that were measured, and the verdict."""
+    if not found.equal:
+        out.print(Text(f"not equal: the artifact {one_line(found.reason)}"), soft_wrap=True)
+        return
+    rows = [
+        ["inputs compared", f"{found.examples} ({found.level})"],
+        ["error of the artifact", f"{found.deployed_error:.1e}"],
+        ["error of the original", f"{found.original_error:.1e}"],
+        ["allowed", f"{found.allowed_error:.1e}"],
+    ]
+    _print_table(out, ("", "of the output's scale, against float64"), rows)
+    out.print(Text("equal"), style="bold")
+
+
+def print_passes(out: Console, passes: Sequence[Pass], default: Iterable[Pass]) -> None:
+    """All passes, one a row."""
+    in_default = {each.name for each in default}
+    rows = ([each.name, "yes" if each.name in in_default else "no", first_sentence(each.statement)] for each in passes)
+    _print_table(out, ("pass", "in default", "statement"), rows)
+
+
+def first_sentence(statement: str) -> str:
+    """The first sentence of a docstring, on one line.
+
+    >>> first_sentence("Two scales are one: s(tx) = (st)x, e.g. 2.\\nMore.\\n")
+    'Two scales are one: s(tx) = (st)x, e.g. 2.'
+    """
+    text = " ".join(statement.split("\n\n")[0].split())
+    end = next((at for at, c in enumerate(text) if c == "." and text[at + 1 : at + 3].strip()[:1].isupper()), len(text))
+    return text[: end + 1]
+
+
+def print_pass(out: Console, shown: Pass) -> None:
+    """One pass: what it states, which patterns it matches, and its examples."""
+    from rgc.rewrite import GraphPass
+
+    _print_heading(out, shown.name)
+    out.print(Text(shown.statement.strip()))
+    if isinstance(shown, GraphPass):
+        out.print(Text("\nIt rewrites the graph as a whole: it has no pattern."))
+        return
+    _print_heading(out, "\nmatches")
+    for case in shown.cases:
+        holes = ", ".join(f"{name}: {getattr(kind, '__name__', kind)}" for name, (kind, _) in case.holes.items())
+        out.print(Text(f"  {pattern_text(case.pattern)}   with {holes}"))
+    fires, leaves = ([e for e in shown.examples if e.fires is wanted] for wanted in (True, False))
+    for heading, examples in (("fires on", fires), ("leaves alone", leaves)):
+        if examples:
+            _print_heading(out, f"\n{heading}")
+            columns = ("example", "input", *([] if heading == "fires on" else ["because"]))
+            _print_table(out, columns, (_example_row(example) for example in examples))
+
+
+def pattern_text(term: Term) -> str:
+    """A pattern as the expression that stated it: ``conv(x) + x``."""
+    from rgc.rewrite import Applied, Hole, Sum
+
+    match term:
+        case Hole(name):
+            return name
+        case Applied(operator, arguments):
+            return f"{operator}({', '.join(map(pattern_text, arguments))})"
+        case Sum(left, right, sign):
+            second = f"({pattern_text(right)})" if sign < 0 and isinstance(right, Sum) else pattern_text(right)
+            return f"{pattern_text(left)} {'+' if sign > 0 else '-'} {second}"
+    factors = (f"({pattern_text(f)})" if isinstance(f, Sum) else pattern_text(f) for f in (term.left, term.right))
+    return " * ".join(factors)
+
+
+def _example_row(example: Example) -> list[str]:
+    size = "x".join(map(str, example.shape)) + (" (fixed)" if example.fixed_size else "")
+    return [example.name, size, *([] if example.fires else [example.because])]
+
+
+def _print_heading(out: Console, text: str) -> None:
+    out.print(Text(text, style="bold"))
+
+
+def _print_table(
+    out: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)

@@ -1,0 +1,329 @@
+"""Does each operator of the vocabulary compute what PyTorch's own layer or function computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rgc.errors import GraphError, Refusal
+from rgc.ir import Operator, TensorType, Value
+from rgc.operators import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Constant,
+    Flatten,
+    Identity,
+    Multiply,
+    Opaque,
+    Slot,
+    Structural,
+    Unflatten,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors on many threads spend their time waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def type_of(x: Tensor) -> TensorType:
+    return TensorType(tuple(x.shape), x.dtype)
+
+
+def assert_infers_its_result(op: Operator, *inputs: Tensor) -> None:
+    assert op.infer(*map(type_of, inputs)) == type_of(op.evaluate(*inputs))
+
+
+def random_batch_norm(rank: int, channels: int, affine: bool = True, eps: float = 1e-3) -> Any:
+    norm = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank](
+        channels, eps, affine=affine
+    )
+    norm = norm.double().eval()
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.copy_(random(channels, seed=1))
+    norm.running_var.copy_(random(channels, seed=2).abs() + 0.1)
+    if affine:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(3))  # both signs
+        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(4))
+    return norm
+
+
+def lifted(norm: Any, rank: int, training: bool = False) -> BatchNorm:
+    weight, bias = (None if p is None else p.detach() for p in (norm.weight, norm.bias))
+    return BatchNorm(norm.running_mean, norm.running_var, weight, bias, norm.eps, rank, training)
+
+
+# --- batch norm ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("rank", "shape"), [(0, (3, 4)), (1, (3, 4, 5)), (2, (2, 4, 3, 5)), (3, (2, 4, 3, 2, 3))])
+def test_a_batch_norm_and_its_linear_form_equal_the_layer(affine: bool, rank: int, shape: tuple[int, ...]) -> None:
+    layer = random_batch_norm(rank, 4, affine)
+    op = lifted(layer, rank)
+    assert op.weight is None or ((op.weight > 0).any() and (op.weight < 0).any())
+    x = random(*shape)
+    expected = layer(x).detach()
+    assert torch.equal(op.evaluate(x), expected)
+    torch.testing.assert_close(op.as_linear().evaluate(x), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(op.as_conv(4, rank).evaluate(x), expected, rtol=1e-13, atol=1e-13)
+    assert_infers_its_result(op, x)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
+def test_the_linear_form_of_a_batch_norm_uses_its_own_eps(eps: float) -> None:
+    layer = random_batch_norm(2, 4, eps=eps)
+    x = random(2, 4, 3, 3)
+    torch.testing.assert_close(lifted(layer, 2).as_linear().evaluate(x), layer(x).detach(), rtol=1e-13, atol=1e-13)
+
+
+def test_a_batch_norm_without_gamma_but_with_beta_is_linear_too() -> None:
+    mean, var, beta = random(3), random(3, seed=1).abs(), random(3, seed=2)
+    x = random(2, 3, 4)
+    op = BatchNorm(mean, var, None, beta, 1e-5, 1)
+    expected = F.batch_norm(x, mean, var, None, beta, eps=1e-5)
+    torch.testing.assert_close(op.as_linear().evaluate(x), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_batch_norm_in_training_uses_the_batch_and_is_not_linear() -> None:
+    layer = random_batch_norm(2, 4)
+    op = lifted(layer, 2, training=True)
+    x = random(3, 4, 2, 2)
+    torch.testing.assert_close(op.evaluate(x), layer.train()(x).detach())
+    for linear_form in (op.as_linear, lambda: op.as_conv(4, 2)):
+        with pytest.raises(Refusal, match=r"still uses batch statistics; call model.eval\(\) first"):
+            linear_form()
+
+
+@pytest.mark.parametrize("name", ["var", "weight", "bias"])
+def test_a_batch_norm_of_unequal_lengths_cannot_be_built(name: str) -> None:
+    fields = {"var": torch.ones(3), "weight": torch.ones(3), "bias": torch.ones(3)} | {name: torch.ones(4)}
+    with pytest.raises(GraphError, match=rf"BatchNorm: {name} \[4\] does not fit mean \[3\]"):
+        BatchNorm(torch.zeros(3), **fields, eps=1e-5, axes=2)
+
+
+# --- average pooling -----------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_average_pooling_and_its_convolution_equal_the_layer(rank: int, data: st.DataObject) -> None:
+    window = tuple(data.draw(st.integers(1, 3)) for _ in range(rank))
+    stride = tuple(data.draw(st.integers(1, 3)) for _ in range(rank))
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in window)
+    ceil_mode, count_include_pad = data.draw(st.booleans()), data.draw(st.booleans())
+    divisor = data.draw(st.sampled_from((None, 1, 5))) if rank > 1 else None
+    options = (window, stride, padding, ceil_mode, count_include_pad)
+    op = AvgPool(*options, divisor)
+    layer = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[rank](*options, *([divisor] if rank > 1 else []))
+    for n in (4, 5):
+        x = random(2, 3, *[n + axis for axis in range(rank)])
+        assert torch.equal(op.evaluate(x), layer(x))
+        assert_infers_its_result(op, x)
+        if ceil_mode or (not count_include_pad and any(padding) and divisor is None):
+            with pytest.raises(Refusal, match="average fewer elements"):
+                op.as_conv(3, rank)
+            continue
+        torch.testing.assert_close(op.as_conv(3, rank).evaluate(x), layer(x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("op", "spatial", "reason"),
+    [
+        (AvgPool((2, 2), (2, 2), (0, 0), ceil_mode=True), 2, "avg pool 2x2 has ceil_mode, so its last windows"),
+        (AvgPool((3, 3), (1, 1), (1, 1), count_include_pad=False), 2, "avg pool 3x3 has count_include_pad=False"),
+        (AvgPool((3,), (1,), (1,)), 2, "avg pool 3 and its neighbour act on different axes"),
+    ],
+)
+def test_average_pooling_that_is_no_convolution_is_refused(op: AvgPool, spatial: int, reason: str) -> None:
+    with pytest.raises(Refusal, match=reason):
+        op.as_conv(3, spatial)
+
+
+# --- elementwise operators, constants, structure -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "eager"),
+    [
+        (Activation("relu"), nn.ReLU()),
+        (Activation("relu6"), nn.ReLU6()),
+        (Activation("gelu"), nn.GELU()),
+        (Activation("gelu", (("approximate", "tanh"),)), nn.GELU(approximate="tanh")),
+        (Activation("leaky_relu", (("negative_slope", 0.3),)), nn.LeakyReLU(0.3)),
+        (Activation("silu"), nn.SiLU()),
+        (Activation("hardswish"), nn.Hardswish()),
+        (Activation("hardtanh", (("min_val", -0.5), ("max_val", 0.7))), nn.Hardtanh(-0.5, 0.7)),
+        (Activation("elu", (("alpha", 0.4),)), nn.ELU(0.4)),
+        (Activation("softplus", (("beta", 2.0),)), nn.Softplus(2.0)),
+        (Activation("sigmoid"), nn.Sigmoid()),
+        (Activation("tanh"), nn.Tanh()),
+        (Activation("exp"), torch.exp),
+        (Activation("prelu", weight=torch.tensor([0.1, -0.2, 0.3]).double()), None),
+        (Identity(), nn.Identity()),
+        (Identity("dropout"), nn.Dropout(0.5).eval()),
+    ],
+    ids=lambda each: each.label if isinstance(each, Operator) else "",
+)
+def test_an_elementwise_operator_equals_the_layer(op: Operator, eager: Callable[[Tensor], Tensor] | None) -> None:
+    x = 3 * random(2, 3, 5)
+    weight = getattr(op, "weight", None)
+    expected = F.prelu(x, weight) if eager is None else eager(x)
+    assert torch.equal(op.evaluate(x), expected)
+    assert_infers_its_result(op, x)
+
+
+def test_an_option_left_out_is_the_default() -> None:
+    op = Activation("leaky_relu", (("negative_slope", 0.3),))
+    assert op.option("negative_slope", 0.01) == 0.3
+    assert op.option("other", 7) == 7
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (3, 1)), ((1, 4), (2, 3, 1)), ((), (2,))])
+def test_sums_and_products_broadcast_like_the_functions(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    x, y = random(*a), random(*b, seed=1)
+    for op, expected in ((Add(), x + y), (Add(-1), x - y), (Multiply(), x * y)):
+        assert torch.equal(op.evaluate(x, y), expected)
+        assert_infers_its_result(op, x, y)
+    assert [Add().label, Add(-1).label] == ["add", "sub"]
+
+
+def test_the_type_of_a_sum_promotes_and_stays_fixed() -> None:
+    half, single = TensorType((2,), torch.float16, fixed=True), TensorType((3, 1), torch.float32)
+    assert Add().infer(half, single) == TensorType((3, 2), torch.float32, fixed=True)
+    assert Multiply().infer(half, None) is None
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_a_concatenation_equals_the_function_and_does_not_mind_a_batch_axis(axis: int) -> None:
+    x, y = random(2, 2, 2), random(2, 2, 2, seed=1)
+    assert torch.equal(Concat(axis).evaluate(x, y, x), torch.cat((x, y, x), axis))
+    assert torch.equal(Concat(axis).evaluate(x[None], y[None])[0], torch.cat((x, y), axis))
+    assert_infers_its_result(Concat(axis), x, y)
+
+
+def test_a_constant_is_its_tensor() -> None:
+    tensor = random(2, 3)
+    assert Constant(tensor).evaluate() is tensor
+    assert_infers_its_result(Constant(tensor))
+    assert Constant(tensor).cast(torch.float16).evaluate().dtype == torch.float16
+    assert Constant(torch.tensor([1, 2])).cast(torch.float16).evaluate().dtype == torch.int64
+
+
+def test_flattening_and_unflattening_undo_each_other() -> None:
+    x = random(2, 3, 4, 5)
+    flatten, unflatten = Flatten((3, 4, 5)), Unflatten((3, 4, 5))
+    assert torch.equal(flatten.evaluate(x), x.flatten(1))
+    assert torch.equal(unflatten.evaluate(flatten.evaluate(x)), x)
+    assert not flatten.any_size
+    assert_infers_its_result(flatten, x)
+    assert_infers_its_result(unflatten, x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Add(2), "Add: sign must be 1 or -1, got 2"),
+        (lambda: Concat(1), r"Concat: axis 1 must be counted from the end \(negative\)"),
+        (lambda: Flatten((3, 4)).evaluate(random(2, 3, 5)), r"flatten: holds for samples of \[3, 4\], got \[3, 5\]"),
+        (
+            lambda: Flatten((3, 4)).infer(type_of(random(2, 3, 5))),
+            r"flatten: holds for samples of \[3, 4\], got float64\[2, 3, 5\]",
+        ),
+        (lambda: Flatten((3, 4)).infer(None), r"flatten: holds for samples of \[3, 4\], got None"),
+        (
+            lambda: Unflatten((3, 4)).infer(type_of(random(2, 11))),
+            r"unflatten: float64\[2, 11\] does not hold samples of \[3, 4\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        call()
+
+
+# --- calls ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_inputs_of_a_call_stand_in_their_slots_however_deep() -> None:
+    call = Opaque("target", (Slot(1), [Slot(0), {"deep": (Slot(1), 5)}]), (("other", Slot(0)), ("flag", True)))
+    args, kwargs = call.arguments(("zero", "one"))
+    assert args == ("one", ["zero", {"deep": ("one", 5)}])
+    assert kwargs == {"other": "zero", "flag": True}
+
+
+@pytest.mark.parametrize(
+    ("op", "eager", "label"),
+    [
+        (Structural("reshape", (Slot(0), 2, -1)), lambda x: x.reshape(2, -1), "reshape"),
+        (Structural("mean", (Slot(0), (2, 3)), (("keepdim", True),)), lambda x: x.mean((2, 3), keepdim=True), "mean"),
+        (Structural(F.pad, (Slot(0), (1, 2)), (("value", 0.0),)), lambda x: F.pad(x, (1, 2)), "pad"),
+        (Opaque(torch.softmax, (Slot(0),), (("dim", 1),)), lambda x: x.softmax(1), "softmax"),
+        (Opaque(F.max_pool2d, (Slot(0), 2)), nn.MaxPool2d(2), "max_pool2d"),
+        (Opaque(nn.Softmax(dim=1), (Slot(0),)), nn.Softmax(dim=1), "Softmax"),
+        (Opaque(torch.cat, ([Slot(0), Slot(0)], 1)), lambda x: torch.cat([x, x], 1), "cat"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_call_equals_the_call(op: Operator, eager: Callable[[Tensor], Tensor], label: str) -> None:
+    x = random(2, 3, 4, 6)
+    assert torch.equal(op.evaluate(x), eager(x))
+    assert op.label == label
+    assert_infers_its_result(op, x)
+
+
+def test_a_call_that_returns_no_tensor_has_no_type() -> None:
+    assert Opaque("chunk", (Slot(0), 2)).infer(type_of(random(2, 4))) is None
+    assert Opaque("relu", (Slot(0),)).infer(None) is None
+
+
+def test_casting_a_call_converts_a_copy_of_its_module_and_its_tensors_and_dtypes() -> None:
+    layer = nn.Linear(2, 3)
+    cast = Opaque(layer, (Slot(0),)).cast(torch.float64)
+    assert cast.evaluate(random(1, 2)).dtype == torch.float64
+    assert layer.weight.dtype == torch.float32
+    assert [t.dtype for t in cast.tensors()] == [torch.float64] * 2
+    to = Opaque("to", (Slot(0), torch.float32)).cast(torch.float64)
+    assert to.evaluate(random(2)).dtype == torch.float64
+    embed = Opaque(F.embedding, (Slot(0), torch.ones(4, 2)), (("padding_idx", 0),)).cast(torch.float64)
+    assert embed.evaluate(torch.tensor([1])).dtype == torch.float64
+    assert [t.dtype for t in embed.tensors()] == [torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_casting_converts_parameters_and_leaves_the_operator_alone(dtype: torch.dtype) -> None:
+    norm = lifted(random_batch_norm(2, 3), 2).cast(torch.float32)
+    cast = norm.cast(dtype)
+    assert {t.dtype for t in cast.tensors()} == {dtype}
+    assert {t.dtype for t in norm.tensors()} == {torch.float32}
+    assert (cast.eps, cast.axes) == (norm.eps, norm.axes)
+
+
+def test_applying_an_operator_makes_a_value_of_the_inferred_type() -> None:
+    x = Value(Constant(torch.ones(2, 3)), (), TensorType((2, 3), torch.float32))
+    total = Add()(x, x)
+    assert total.inputs == (x, x) and total.type == TensorType((2, 3), torch.float32)
+
+
+def test_labels_are_what_a_user_would_say() -> None:
+    assert lifted(random_batch_norm(2, 3), 2).label == "batch norm 3"
+    assert AvgPool((2, 3), (2, 2), (0, 0)).label == "avg pool 2x3"
+    assert [Concat(-1).label, Multiply().label, Identity("dropout").label] == ["concat", "multiply", "dropout"]
