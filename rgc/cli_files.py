@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -30,20 +31,9 @@ def load_original(source: str, arch: str | None, trust: bool) -> nn.Module:
 def load_artifact(artifact: str, trust: bool) -> nn.Module:
     """An artifact; `InputError`, with the option that permits it, where loading it could run code."""
     path, kind = Path(artifact), choose_format(artifact)
-    distrusted = not trust and path.exists()
-    if distrusted and kind == "python":
-        raise InputError(
-            f"{artifact}: holds Python code, which loading runs; add --trust if you trust where it came from"
-        )
-    if (
-        distrusted
-        and kind == "pt2"
-        and path.is_file()
-        and (reason := reason_to_distrust(path.read_bytes())) is not None
-    ):
-        raise InputError(
-            f"{artifact}: loading it could run code ({reason}); add --trust if you trust where it came from"
-        )
+    reason = None if trust else _reason_to_distrust(path, kind)
+    if reason is not None:
+        raise InputError(f"{artifact}: {reason}; add --trust if you trust where it came from")
     return load(path, trust=trust, format=kind)
 
 
@@ -52,6 +42,21 @@ def write(compiled: CompiledModule, original: nn.Module, destination: Destinatio
 
     ``source`` is where the original came from, which is never overwritten.
     """
+    report = destination.report
+    if report is None:
+        return _save(compiled, original, destination, source)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rgc-", dir=report.absolute().parent) as workshop:
+            draft = Path(workshop) / report.name
+            draft.write_text(compiled.report.to_json() + "\n")
+            written = _save(compiled, original, destination, source)
+            os.replace(draft, report)
+    except OSError as error:
+        raise InputError(f"cannot write {report}: {error.strerror or error}") from error
+    return written
+
+
+def _save(compiled: CompiledModule, original: nn.Module, destination: Destination, source: str) -> Artifact:
     path = destination.artifact
 
     def check(loaded: nn.Module) -> None:
@@ -62,27 +67,22 @@ def write(compiled: CompiledModule, original: nn.Module, destination: Destinatio
         if not found.equal:
             raise NotEquivalentError(f"{path}: the written file {found.reason}; nothing is kept")
 
-    draft = None if destination.report is None else _draft(destination.report, compiled.report.to_json())
-    try:
-        written = save(
-            compiled, path, format=destination.format, protect=() if source.startswith("zoo:") else (source,), check=check,
-            example_args=compiled.example.args, example_kwargs=compiled.example.kwargs,
-            free_sizes=not compiled.report.fixed_size,
-        )  # fmt: skip
-        if draft is not None and destination.report is not None:
-            os.replace(draft, destination.report)
-            draft = None
-        return written
-    finally:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
+    return save(
+        compiled,
+        path,
+        format=destination.format,
+        example_args=compiled.example.args,
+        example_kwargs=compiled.example.kwargs,
+        free_sizes=not compiled.report.fixed_size,
+        protect=() if source.startswith("zoo:") else (source,),
+        check=check,
+    )
 
 
-def _draft(path: Path, text: str) -> Path:
-    """A file beside ``path`` with this text, to be renamed."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, prefix=".rgc-", delete=False) as file:
-            file.write(text + "\n")
-            return Path(file.name)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+def _reason_to_distrust(path: Path, kind: str) -> str | None:
+    if kind == "python" and path.exists():
+        return "holds Python code, which loading runs"
+    if kind == "pt2" and path.is_file() and zipfile.is_zipfile(path):
+        reason = reason_to_distrust(path.read_bytes())
+        return None if reason is None else f"loading it could run code ({reason})"
+    return None

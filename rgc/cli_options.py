@@ -55,12 +55,11 @@ class InputSpec:
         shape = tuple(int(size) for size in found["shape"].split("x"))
         if math.prod(shape) > _MOST_ELEMENTS:
             raise InputError(f"--input {text}: has {math.prod(shape):,} elements, more than rgc tries")
-        if found["dtype"] is not None and found["dtype"] not in _INTEGERS:
+        kind = found["dtype"] or ""
+        if kind and kind not in _INTEGERS:
             choices = ", ".join(_INTEGERS)
-            raise InputError(
-                f"--input {text}: {found['dtype']!r} is none of {choices}; other inputs take the dtype of the model"
-            )
-        return cls(shape, _INTEGERS.get(found["dtype"]), found["name"] or "")
+            raise InputError(f"--input {text}: {kind!r} is none of {choices}; other inputs take the dtype of the model")
+        return cls(shape, _INTEGERS.get(kind), found["name"] or "")
 
     def draw(self, generator: torch.Generator, vocabulary: int) -> Tensor:
         """Normal values, or integers below ``vocabulary``."""
@@ -193,6 +192,8 @@ def _require_writable(option: str, place: Path, taken: Sequence[tuple[str, Path]
         raise InputError(f"{option} {place}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{option} {place}: the folder {folder} is not writable")
+    if option == "--report" and place.is_dir():
+        raise InputError(f"{option} {place}: is a folder")
     for what, path in taken:
         if place.resolve() == path.resolve():
             raise InputError(f"{option} {place}: is {what} itself; choose another path")

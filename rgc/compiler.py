@@ -19,7 +19,7 @@ from rgc.frontend import Capture, Example, capture, output_difference
 from rgc.ir import Graph
 from rgc.passbook import resolve
 from rgc.proof import TOLERANCE
-from rgc.report import Failure, Firing, Report, Verification
+from rgc.report import Failure, Firing, Refused, Report, Verification
 from rgc.rewrite import Pass
 from rgc.verify import Level, Pair, require_level
 
@@ -130,6 +130,42 @@ def compile(  # noqa: A001 - the name is fixed: `from rgc import compile`
     options = Options(passes, objective, target, dtype, require_level(verify), strict)
     require_eval(model)
     return _compile(model, example_of(model, example_inputs), options)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model as rgc sees it, before or after some passes, without a proof of the whole: for looking at."""
+
+    graph: Graph
+    tier: str
+    notes: tuple[str, ...]
+    rewrites: list[Firing]
+    refusals: list[Refused]
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    passes: str | Sequence[Any] = (),
+    objective: Objective = "latency",
+    target: str | None = None,
+) -> Trace:
+    """The graph of ``model`` with module paths and source lines, after ``passes``; arguments as in `compile`.
+
+    Every firing is proved, the model as a whole is not: use `compile` for a result to run.
+    """
+    require_eval(model)
+    example = example_of(model, example_inputs)
+    dtype = floating_dtype(model, example)
+    subject = _Subject.of(model, example.cast(dtype), dtype)
+    chosen, fixed = resolve(passes) if passes else ((), False)
+    captured = capture(
+        subject.proof_model, subject.proof_example, subject.expected, dtype,
+        fixed=fixed, tolerance=subject.tolerance, compile_child=_no_child,
+    )  # fmt: skip
+    graph, record = _rewritten(subject, captured, chosen, Policy(objective, target_named(target)))
+    return Trace(graph, captured.tier, captured.notes, record.firings, record.refused(graph))
 
 
 def require_eval(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 import inspect
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -778,10 +779,15 @@ def _module_path(entry: Any) -> str:
 
 
 def _source_line(node: fx.Node) -> str:
-    """``file.py:42`` of the innermost frame of the user's code."""
+    """``file.py:42`` of the innermost frame that is neither PyTorch nor the tracer."""
     trace = node.meta.get("stack_trace") or node.stack_trace or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    _, path, rest = lines[-1].split('"', 2)
-    return f"{path.rsplit('/', 1)[-1]}:{rest.split('line ')[1].split(',')[0].strip()}"
+    for line in reversed(trace.splitlines()):
+        if not line.strip().startswith('File "'):
+            continue
+        _, path, rest = line.split('"', 2)
+        if not path.startswith(_TRACER_HOMES):
+            return f"{path.rsplit('/', 1)[-1]}:{rest.split('line ')[1].split(',')[0].strip()}"
+    return ""
+
+
+_TRACER_HOMES = (str(Path(torch.__file__).parent), *(str(Path(__file__).with_name(f"{n}.py")) for n in ("frontend", "lift")))
