@@ -28,6 +28,7 @@ from rgc.operators import (
 from rgc.region import Join, Region
 from rgc.report import Firing, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
+from rgc.saving import load, save
 from rgc.verify import verify
 
 __version__ = "0.1.0"
@@ -37,5 +38,5 @@ __all__ = [
     "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply", "NotEquivalentError",
     "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale",
     "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add", "border", "compile",
-    "compose", "graph_pass", "nn", "require", "rewrite", "unit", "verify",
+    "compose", "graph_pass", "load", "nn", "require", "rewrite", "save", "unit", "verify",
 ]  # fmt: skip

@@ -41,23 +41,36 @@ def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level
     dtype = _dtype_of(artifact, original, example)
     precise = _in_float64(original, example)
     deployed = copy.deepcopy(original).to(dtype)
-    reference = precise or deployed
-    _require_takes(artifact, example.cast(dtype))
+    reference = _flat(precise or deployed)
+    example = example if precise else example.cast(dtype)
+    try:
+        found = example.cast(dtype).run(_flat(artifact))
+    except _REFUSALS as error:
+        raise InputError(f"the artifact does not take {_describe(example)}: {_first(error)}") from error
+    expected = example.cast(torch.float64 if precise else dtype).run(reference)
+    if _sizes(found) != _sizes(expected):
+        return _different(level, f"returns {_sizes(found)} where the original returns {_sizes(expected)}")
     accepted = {_shapes(example): True}
 
     def within_reach(*args: Any, **kwargs: Any) -> list[Any]:
         drawn = Example(args, kwargs)
-        if accepted.setdefault(_shapes(drawn), _takes(artifact, drawn.cast(dtype))):
-            return _flat(reference)(*args, **kwargs)
-        raise ValueError("the artifact does not take this batch")  # Pair leaves out what the reference does not take
+        if _shapes(drawn) not in accepted:
+            accepted[_shapes(drawn)] = _takes(artifact, drawn.cast(dtype))
+        if not accepted[_shapes(drawn)]:
+            raise ValueError("the artifact does not take this batch")  # `Pair` leaves such inputs out
+        return reference(*args, **kwargs)
 
     pair = Pair(_flat(deployed), _flat(artifact), within_reach, None, dtype)
     if precise is None:
         pair = Pair(within_reach, _flat(artifact), None, None, dtype)
     try:
-        return pair.check(example if precise else example.cast(dtype), level=level, free_sizes=False)
+        return pair.check(example, level=level, free_sizes=False)
     except NotEquivalentError as error:
-        return Verification(False, None, float("inf"), 0.0, 0.0, 0, level, str(error))
+        return _different(level, str(error))
+
+
+def _different(level: Level, reason: str) -> Verification:
+    return Verification(False, None, float("inf"), 0.0, 0.0, 0, level, reason)
 
 
 def _dtype_of(artifact: nn.Module, original: nn.Module, example: Example) -> torch.dtype:
@@ -84,13 +97,6 @@ def _in_float64(original: nn.Module, example: Example) -> nn.Module | None:
         raise InputError(f"{type(original).__name__} does not run on {_describe(example)}: {_first(error)}") from error
 
 
-def _require_takes(artifact: nn.Module, example: Example) -> None:
-    try:
-        example.run(artifact)
-    except _REFUSALS as error:
-        raise InputError(f"the artifact does not take {_describe(example)}: {_first(error)}") from error
-
-
 def _takes(artifact: nn.Module, example: Example) -> bool:
     try:
         example.run(artifact)
@@ -102,6 +108,10 @@ def _takes(artifact: nn.Module, example: Example) -> bool:
 def _flat(model: Callable[..., Any]) -> Callable[..., list[Any]]:
     """The same model with its tensors as a flat list, which is all that ONNX returns."""
     return lambda *args, **kwargs: [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _sizes(tensors: list[Tensor]) -> str:
+    return ", ".join("x".join(map(str, tensor.shape)) or "a scalar" for tensor in tensors) or "nothing"
 
 
 def _shapes(example: Example) -> tuple[tuple[int, ...], ...]:

@@ -111,6 +111,7 @@ _LEVEL = click.option(
 
 @cli.command(
     "compile",
+    short_help="Make a smaller, equal model and write it.",
     epilog="""\b
 Examples:
   rgc compile model.pt
@@ -194,6 +195,7 @@ def compile_command(
 
 @cli.command(
     "inspect",
+    short_help="Print the graph of a model.",
     epilog="""\b
 Examples:
   rgc inspect model.pt
@@ -234,6 +236,7 @@ def inspect_command(
 
 @cli.command(
     "verify",
+    short_help="Compare an artifact with its original.",
     epilog="""\b
 Examples:
   rgc verify model.pt model.fused.pt2
@@ -271,6 +274,7 @@ def verify_command(
 
 @cli.command(
     "passes",
+    short_help="List and explain the passes.",
     epilog="""\b
 Examples:
   rgc passes

@@ -123,13 +123,13 @@ def print_verification(out: Console, found: Verification) -> None:
     if not found.equal:
         out.print(Text(f"not equal: the artifact {one_line(found.reason)}"), soft_wrap=True)
         return
-    rows = [
-        ["inputs compared", f"{found.examples} ({found.level})"],
-        ["error of the artifact", f"{found.deployed_error:.1e}"],
-        ["error of the original", f"{found.original_error:.1e}"],
-        ["allowed", f"{found.allowed_error:.1e}"],
-    ]
-    _print_table(out, ("", "of the output's scale, against float64"), rows)
+    _print_heading(out, "largest distance from the original in float64, relative to the scale of its output")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("artifact", f"{found.deployed_error:.1e}")
+    table.add_row("original", f"{found.original_error:.1e}")
+    table.add_row("allowed", f"{found.allowed_error:.1e}")
+    table.add_row("inputs", f"{found.examples} ({found.level})")
+    out.print(table)
     out.print(Text("equal"), style="bold")
 
 
@@ -156,7 +156,7 @@ def print_pass(out: Console, shown: Pass) -> None:
     from rgc.rewrite import GraphPass
 
     _print_heading(out, shown.name)
-    out.print(Text(shown.statement.strip()))
+    out.print(Text(reflowed(shown.statement)))
     if isinstance(shown, GraphPass):
         out.print(Text("\nIt rewrites the graph as a whole: it has no pattern."))
         return
@@ -170,6 +170,16 @@ def print_pass(out: Console, shown: Pass) -> None:
             _print_heading(out, f"\n{heading}")
             columns = ("example", "input", *([] if heading == "fires on" else ["because"]))
             _print_table(out, columns, (_example_row(example) for example in examples))
+
+
+def reflowed(text: str) -> str:
+    """The paragraphs of a docstring without their line breaks; indented ones as they are.
+
+    >>> reflowed("One\\nsentence.\\n\\n    a = b\\n    c = d\\n")
+    'One sentence.\\n\\n    a = b\\n    c = d'
+    """
+    paragraphs = text.strip("\n").split("\n\n")
+    return "\n\n".join(p.rstrip() if p.startswith(" ") else " ".join(p.split()) for p in paragraphs)
 
 
 def pattern_text(term: Term) -> str:

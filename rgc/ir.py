@@ -209,9 +209,11 @@ class Graph:
 
     def replace(self, old: Value, new: Value) -> list[Value]:
         """Let every user of ``old`` read ``new`` instead; drop what nobody needs any more; return what was added."""
+        if new is old:
+            return []
         added = self._adopt(new)
         for user in self.users(old):
-            if user is not new:
+            if user not in added:  # what is new may read what it replaces
                 user._inputs = tuple(new if used is old else used for used in user._inputs)
                 self._users[new][user] = None
                 del self._users[old][user]

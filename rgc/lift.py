@@ -8,6 +8,7 @@ A name that the table does not know becomes `Opaque`, which nothing rewrites and
 from __future__ import annotations
 
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 import inspect
@@ -790,4 +791,4 @@ def _source_line(node: fx.Node) -> str:
     return ""
 
 
-_TRACER_HOMES = (str(Path(torch.__file__).parent), *(str(Path(__file__).with_name(f"{n}.py")) for n in ("frontend", "lift")))
+_TRACER_HOMES = (f"{Path(torch.__file__).parent}{os.sep}", *(str(Path(__file__).with_name(f"{n}.py")) for n in ("frontend", "lift")))

@@ -128,6 +128,10 @@ class AvgPool(Linear):
         "stride": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None,
     }  # fmt: skip
 
+    def __post_init__(self) -> None:
+        if self.divisor_override is not None and len(self.window) == 1:
+            raise GraphError("AvgPool: a one-dimensional average pool has no divisor_override")
+
     @property
     def spatial(self) -> int:
         return len(self.window)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
+import torch
 from hypothesis import HealthCheck, settings
+
+# The tests run in several processes and their tensors are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
 
 # Models are slow to build, and the first call of an operator is slower than the next: neither is a fault of a test.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
