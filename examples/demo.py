@@ -43,7 +43,9 @@ def main() -> None:
     torch.manual_seed(0)
     train, test = digits()
     model = reducenet20(in_channels=1, image_size=8)
-    console.print(f"ReduceNet-20 on {len(train[1]):,} digits, tested on {len(test[1])}; its activations decay while it trains")
+    console.print(
+        f"ReduceNet-20 on {len(train[1]):,} digits, tested on {len(test[1])}; its activations decay while it trains"
+    )
     fit(model, *train, epochs=options.epochs, console=console)
     path = options.folder / "model.pt"
     torch.save(model.eval(), path)
@@ -107,7 +109,9 @@ def comparison(model: nn.Module, written: nn.Module, test: tuple[Tensor, Tensor]
     table.add_row("multiply-accumulates", f"{report.macs_before:,}", f"{report.macs_after:,}")
     for batch in (1, BATCH):
         slow, fast = latency(model, compiled, images[:batch])
-        table.add_row(f"latency in PyTorch, batch {batch}", f"{slow * 1e3:.3f} ms", f"{fast * 1e3:.3f} ms ({slow / fast:.0f}x)")
+        table.add_row(
+            f"latency in PyTorch, batch {batch}", f"{slow * 1e3:.3f} ms", f"{fast * 1e3:.3f} ms ({slow / fast:.0f}x)"
+        )
     return table
 
 

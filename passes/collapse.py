@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from rgc import Conv, Flatten, Refusal, Region, Unflatten, Value, require, rewrite
+from rgc import Conv, Deferred, Flatten, Refusal, Region, Unflatten, Value, require, rewrite
 
 #: Entries of the largest matrix that is computed (128 MiB in float64).
 LARGEST_MATRIX = 2**24
@@ -37,12 +37,13 @@ def collapse(x: Value, region: Annotated[Region, has_several_layers]) -> Value:
         f"at most {LARGEST_MATRIX / 1e6:,.0f} M are computed)",
     )
     _require_independent_samples(region, entering)
-    matrix, offset = _matrix(region, entering, leaving)
+    offset = region.evaluate(torch.zeros(1, *entering, dtype=torch.float64)).reshape(-1)
     spatial = len(entering) - 1
     if spatial > 0 and len(leaving) == len(entering) and set(leaving[1:]) == {1}:
-        return Conv(matrix.reshape(outputs, *entering), offset, size=entering[1:])(x)
+        kernel = Deferred((outputs, *entering), lambda: _matrix(region, offset, entering, leaving).reshape(-1, *entering))
+        return Conv(kernel, offset, size=entering[1:])(x)
     flat = x if len(entering) == 1 else Flatten(entering)(x)
-    y = Conv(matrix, offset)(flat)
+    y = Conv(Deferred((outputs, inputs), lambda: _matrix(region, offset, entering, leaving)), offset)(flat)
     return y if len(leaving) == 1 else Unflatten(leaving)(y)
 
 
@@ -58,17 +59,15 @@ def _require_independent_samples(region: Region, entering: tuple[int, ...]) -> N
     require(same, "the region mixes the samples of a batch")
 
 
-def _matrix(region: Region, entering: tuple[int, ...], leaving: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """M [outputs, inputs] and c [outputs] of the region, in float64."""
+def _matrix(region: Region, offset: Tensor, entering: tuple[int, ...], leaving: tuple[int, ...]) -> Tensor:
+    """M [outputs, inputs] of the region, in float64; ``offset`` is what it makes of zeros."""
     inputs, outputs = math.prod(entering), math.prod(leaving)
-    offset = region.evaluate(torch.zeros(1, *entering, dtype=torch.float64)).reshape(-1)
     step = max(1, CHUNK // max(inputs, outputs))
+    units = torch.split(torch.eye(min(inputs, outputs), dtype=torch.float64), step)
     if inputs <= outputs:
-        units = torch.eye(inputs, dtype=torch.float64)
-        columns = [region.evaluate(unit.reshape(-1, *entering)).flatten(1) - offset for unit in units.split(step)]
-        return torch.cat(columns).T.contiguous(), offset
-    rows = [_rows(region, unit.reshape(-1, *leaving), entering) for unit in torch.eye(outputs, dtype=torch.float64).split(step)]
-    return torch.cat(rows), offset
+        columns = [region.evaluate(unit.reshape(-1, *entering)).flatten(1) - offset for unit in units]
+        return torch.cat(columns).T.contiguous()
+    return torch.cat([_rows(region, unit.reshape(-1, *leaving), entering) for unit in units])
 
 
 def _rows(region: Region, units: Tensor, entering: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,7 @@
-"""What returns its very input, or adds nothing to it, is not there: Identity, dropout in evaluation, x * 1, y + 0 x."""
+"""What returns its very input, or adds nothing to it, is not there: Identity, dropout in evaluation, x * 1, y + 0 x.
+
+0 x is zero for finite x only: a branch that is infinite or NaN behind a closed gate is dropped with it.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,9 @@ def drop_identity(x: Value, identity: Annotated[Identity | Scale, is_one]) -> Va
 
 @drop_identity.also(lambda x, y, zero: y + zero(x))
 def drop_zero(x: Value, y: Value, zero: Annotated[Scale, is_zero]) -> Value:
-    same = x.type is not None and y.type is not None and x.type.shape == y.type.shape
-    require(same, "the sum broadcasts the zero branch")
+    kept, dropped = y.tensor_type, x.tensor_type
+    require(kept.shape == dropped.shape, "the sum broadcasts the branch that is kept to the size of the zero branch")
+    require(kept.fixed or 1 not in kept.shape[2:], "at another size the sum may broadcast the branch that is kept")
     return y
 
 
@@ -44,9 +48,31 @@ class _Gated(nn.Module):
         self.register_buffer("gate", torch.tensor(gate))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x) + self.gate * self.conv(x).sigmoid()
+        return torch.relu(x) + self.gate * torch.sigmoid(self.conv(x))
 
 
 @drop_identity.fires_on(shape=(2, 3, 8, 8))
 def a_branch_whose_gate_is_closed() -> nn.Module:
     return _Gated(0.0).eval()
+
+
+class _GatedPool(nn.Module):
+    """The kept branch has one position, and the sum with the zero branch repeats it everywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True).relu() + 0.0 * x
+
+
+@drop_identity.leaves_alone(shape=(2, 3, 8, 8), because="the sum broadcasts")
+def a_closed_gate_whose_branch_gives_the_sum_its_size() -> nn.Module:
+    return _GatedPool().eval()
+
+
+@drop_identity.leaves_alone(shape=(2, 3, 1, 1), because="at another size")
+def a_closed_gate_whose_branch_gives_the_sum_its_size_elsewhere() -> nn.Module:
+    return _GatedPool().eval()
+
+
+@drop_identity.leaves_alone(shape=(2, 3, 8, 8), because="")
+def a_branch_whose_gate_is_nearly_closed() -> nn.Module:
+    return _Gated(1e-3).eval()

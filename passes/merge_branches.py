@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rgc import Conv, Join, Linear, Value, add, rewrite
+from rgc import Add, Conv, Join, Linear, Value, add, rewrite
 
 
 @rewrite(lambda x, branches: branches(x))
@@ -21,13 +21,7 @@ def merge_branches(x: Value, branches: Join) -> Value:
 @merge_branches.also(lambda x, y, first, second: (y + first(x)) + second(x))
 def merge_outer_branches(x: Value, y: Value, first: Conv, second: Conv) -> Value:
     merged: Linear = add(first, second, x.tensor_type.size(first.spatial))
-    return _sum(y, merged(x))
-
-
-def _sum(y: Value, z: Value) -> Value:
-    from rgc import Add
-
-    return Add()(y, z)
+    return Add()(y, merged(x))
 
 
 class _Branches(nn.Module):

@@ -7,8 +7,8 @@ Counter({'Conv2d': 1})
 """
 
 from rgc import nn
-from rgc.algebra import Conv, Linear, Scale, add, border, compose, unit
-from rgc.compiler import CompiledModule, Plan, compile  # noqa: A004 - the name is fixed
+from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
+from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
 from rgc.operators import (
@@ -34,8 +34,8 @@ from rgc.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Firing", "Flatten",
-    "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply", "NotEquivalentError",
+    "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
+    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply", "NotEquivalentError",
     "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale",
     "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add", "border", "compile",
     "compose", "graph_pass", "load", "nn", "require", "rewrite", "save", "unit", "verify",

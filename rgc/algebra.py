@@ -37,7 +37,6 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size = tuple[int, ...]
 
 
-
 class Linear(Operator):
     """Any linear operator of one input. ``B @ A`` is A followed by B; ``A + B`` is their sum; both may refuse."""
 
@@ -162,7 +161,7 @@ class Conv(Linear):
     size: the only spatial input size at which the map holds; None for every size.
     """
 
-    weight: _Weight = _Weight()  # noqa: RUF009 - a descriptor, not a default
+    weight: _Weight = _Weight()
     bias: Tensor | None = None
     stride: Any = 1
     padding: Any = 0
@@ -304,7 +303,9 @@ class Conv(Linear):
         convolve, transposed = _CONVOLUTIONS[self.spatial]
         if self.transposed:
             before = [b for b, _ in self.padding]
-            return transposed(x, self.weight, bias, self.stride, before, self.output_padding, self.groups, self.dilation)
+            return transposed(
+                x, self.weight, bias, self.stride, before, self.output_padding, self.groups, self.dilation
+            )
         if self.padding_mode == "zeros" and self.pad_value is None and all(b == a for b, a in self.padding):
             return convolve(x, self.weight, bias, self.stride, [b for b, _ in self.padding], self.dilation, self.groups)
         return convolve(pad(x, self), self.weight, bias, self.stride, 0, self.dilation, self.groups)
@@ -479,16 +480,18 @@ def _compose_kernels(second: Conv, first: Conv, inner: list[int], outer: list[in
         left = w2.reshape(second.groups, -1, per, middle // split, *second.kernel)
         left = left.transpose(1, 2).reshape(split, -1, middle // split, *second.kernel)
         right = w1.reshape(split, middle // split, -1, *first.kernel)
-    extent = [i * (k1 - 1) + o * (k2 - 1) + 1 for i, o, k1, k2 in zip(inner, outer, first.kernel, second.kernel, strict=True)]
+    extent = [
+        i * (k1 - 1) + o * (k2 - 1) + 1 for i, o, k1, k2 in zip(inner, outer, first.kernel, second.kernel, strict=True)
+    ]
     rows, columns = left.shape[1], right.shape[2]
     product = w1.new_zeros(split, rows, columns, *extent)
-    flat = right.reshape(split, middle // split, -1)
-    for tap in itertools.product(*map(range, second.kernel)):
-        window = tuple(
+    taps, flat = left.reshape(split, rows, middle // split, -1), right.reshape(split, middle // split, -1)
+    for index, tap in enumerate(itertools.product(*map(range, second.kernel))):
+        window: tuple[slice, ...] = tuple(
             slice(o * j, o * j + i * (k1 - 1) + 1, max(i, 1))
             for i, o, j, k1 in zip(inner, outer, tap, first.kernel, strict=True)
         )
-        block = torch.bmm(left[(..., *tap)], flat) if middle > split else left[(..., *tap)] * flat
+        block = torch.bmm(taps[..., index], flat) if middle > split else taps[..., index] * flat
         product[(slice(None), slice(None), slice(None), *window)] += block.reshape(split, rows, columns, *first.kernel)
     if second.groups >= first.groups:
         return product.reshape(second.out_channels, columns, *extent)
@@ -508,7 +511,7 @@ def _with_bias(linear: Conv, second: Conv, first: Conv, size: Size | None, pinne
             f"{'zeros' if second.pad_value is None else 'its pad value'}, not as its bias: "
             "exact only with a bias map at a fixed size (--passes all)"
         )
-    at_zero = replace(second, **_double(second)).evaluate(_response_to_zero(replace(first, **_double(first)), size))
+    at_zero = _response_to_zero(second, first, size)
     return _changed(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
 
 
@@ -537,8 +540,10 @@ def _pushed_bias(second: Conv, first: Conv) -> Tensor | None:
     return pushed if second.bias is None else pushed + second.bias.double()
 
 
-def _response_to_zero(conv: Conv, size: Size) -> Tensor:
-    return cast(Tensor, conv.evaluate(conv.weight.new_zeros(1, conv.in_channels, *size)))
+def _response_to_zero(second: Conv, first: Conv, size: Size) -> Tensor:
+    """What the two maps in a row make of zeros: the bias map of their composition, [1, out, *output size]."""
+    first, second = first.cast(torch.float64), second.cast(torch.float64)
+    return cast(Tensor, second.evaluate(first.evaluate(first.weight.new_zeros(1, first.in_channels, *size))))
 
 
 def _compose_transposed(second: Conv, first: Conv, size: Size | None) -> Conv:
@@ -557,7 +562,11 @@ def _compose_transposed(second: Conv, first: Conv, size: Size | None) -> Conv:
     groups = math.gcd(first.groups, second.groups)
     pinned = size if first.size or second.size else None
     merged = replace(geometry, weight=_retransposed(kernel, groups), bias=None, groups=groups, size=pinned)
-    if first.transposed and (first.bias is None or first.bias.dim() == 1) and (second.bias is None or second.bias.dim() == 1):
+    if (
+        first.transposed
+        and (first.bias is None or first.bias.dim() == 1)
+        and (second.bias is None or second.bias.dim() == 1)
+    ):
         return replace(merged, bias=_pushed_bias(second, first))
     if first.bias is None or not bool((first.bias != 0).any()):
         return replace(merged, bias=None if second.bias is None else second.bias.double())
@@ -566,7 +575,7 @@ def _compose_transposed(second: Conv, first: Conv, size: Size | None) -> Conv:
             f"the bias of {first.label} reaches the border and the gaps of {second.label} unevenly: "
             "exact only with a bias map at a fixed size (--passes all)"
         )
-    at_zero = replace(second, **_double(second)).evaluate(_response_to_zero(replace(first, **_double(first)), size))
+    at_zero = _response_to_zero(second, first, size)
     return replace(merged, bias=_without_constant_axes(at_zero[0]), size=size)
 
 
@@ -616,9 +625,7 @@ class _Ring:
 def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list[int]) -> Refusal | None:
     """reflect, replicate, circular: padding copies outputs, so it commutes with what treats all positions alike."""
     mode = second.padding_mode
-    plain = all(
-        first.kernel[axis] == 1 and first.stride[axis] == 1 and not any(first.padding[axis]) for axis in padded
-    )
+    plain = all(first.kernel[axis] == 1 and first.stride[axis] == 1 and not any(first.padding[axis]) for axis in padded)
     if plain and (not first.is_padded or (first.padding_mode == mode and first.pad_value is None)):
         return None
     same = all(
@@ -628,7 +635,9 @@ def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list
     if mode == "circular" and first.padding_mode == "circular" and same:
         reach = [max(b1 + b2, a1 + a2) for (b1, a1), (b2, a2) in zip(first.padding, second.padding, strict=True)]
         if size is None:
-            return Refusal(f"circular padding of {max(reach)} must not wrap twice: exact at a fixed size (--passes all)")
+            return Refusal(
+                f"circular padding of {max(reach)} must not wrap twice: exact at a fixed size (--passes all)"
+            )
         wraps = any(r > n for r, n in zip(reach, size, strict=True))
         return Refusal(f"circular padding of {reach} would wrap twice around an input of {size}") if wraps else None
     return Refusal(f"{second.label} pads by {mode}, which commutes only with a pointwise layer; found {first.label}")
@@ -662,7 +671,9 @@ def _align(a: Conv, b: Conv, axis: int) -> _Alignment:
     offsets = [abs(starts[0] - starts[1]), *(step for step, count in zip(steps, counts, strict=True) if count > 1)]
     dilation = math.gcd(*offsets) or 1
     place = tuple(
-        slice((start - first) // dilation, (start - first + step * (count - 1)) // dilation + 1, max(step // dilation, 1))
+        slice(
+            (start - first) // dilation, (start - first + step * (count - 1)) // dilation + 1, max(step // dilation, 1)
+        )
         for start, step, count in zip(starts, steps, counts, strict=True)
     )
     after = min(_reach(a)[axis], _reach(b)[axis]) + 1 + last  # keeps the output grid of both
@@ -763,11 +774,6 @@ def _changed(conv: Conv, **changes: Any) -> Conv:
 
 def _sum_of_taps(conv: Conv) -> Tensor:
     return conv.weight.double().reshape(*conv.weight.shape[:2], -1).sum(dim=-1)
-
-
-def _double(conv: Conv) -> dict[str, Tensor]:
-    named = {"weight": conv.weight, "bias": conv.bias, "pad_value": conv.pad_value}
-    return {name: tensor.double() for name, tensor in named.items() if tensor is not None}
 
 
 def _per_axis(name: str, value: Any, rank: int) -> Size:

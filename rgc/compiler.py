@@ -1,4 +1,4 @@
-"""What does ``rgc.compile`` do? Capture, rewrite, emit, prove; and, where the proof fails, find the culprit and go on."""
+"""What does ``rgc.compile`` do? Capture, rewrite, emit, prove; and, if the proof fails, find the culprit and go on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,8 +45,8 @@ class CompiledModule(fx.GraphModule):
         compiled.report, compiled.plan, compiled.example = report, plan, example
         return compiled.eval()
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Any:
-        copied = super().__deepcopy__(memo or {})
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CompiledModule:
+        copied = cast(CompiledModule, super().__deepcopy__(memo or {}))
         copied.report, copied.plan, copied.example = self.report, self.plan, self.example
         return copied
 
@@ -61,6 +61,7 @@ class Options:
     dtype: torch.dtype | None = None
     verify: Level = "quick"
     strict: bool = False
+    fixed_size: bool | None = None  # may passes rely on the example's size? None: as their names say
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Plan:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             raise InputError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:300]}") from error
-        compiled = _compile(model, self.example, self.options)
+        compiled = compile_with(model, self.example, self.options)
         found = tuple((firing.rewrite, firing.where) for firing in compiled.report.rewrites)
         lost = [decision for decision in self.decisions if decision not in found]
         if lost:
@@ -93,7 +94,7 @@ class Plan:
         return compiled
 
 
-def compile(  # noqa: A001 - the name is fixed: `from rgc import compile`
+def compile(
     model: nn.Module,
     example_inputs: Any = None,
     *,
@@ -129,7 +130,7 @@ def compile(  # noqa: A001 - the name is fixed: `from rgc import compile`
         raise InputError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     options = Options(passes, objective, target, dtype, require_level(verify), strict)
     require_eval(model)
-    return _compile(model, example_of(model, example_inputs), options)
+    return compile_with(model, example_of(model, example_inputs), options)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def example_of(model: nn.Module, given: Any) -> Example:
     if given is None:
         suggest = getattr(model, "example_inputs", None)
         if not callable(suggest):
-            raise InputError(f"{type(model).__name__} suggests no example_inputs(); pass an example (--input 1x3x224x224)")
+            raise InputError(
+                f"{type(model).__name__} suggests no example_inputs(); pass an example (--input 1x3x224x224)"
+            )
         given = suggest()
     if isinstance(given, Example):
         return given
@@ -201,10 +204,17 @@ def floating_dtype(model: nn.Module, example: Example) -> torch.dtype:
     return next((t.dtype for t in example.tensors if t.is_floating_point()), torch.float32)
 
 
-def _compile(model: nn.Module, example: Example, options: Options) -> CompiledModule:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's parameters and buffers; the CPU where it has none."""
+    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+def compile_with(model: nn.Module, example: Example, options: Options) -> CompiledModule:
+    """`compile` with everything said: the model is in eval mode and the example is a call of it."""
     started = time.perf_counter()
     target = target_named(options.target)
     passes, fixed = resolve(options.passes)
+    fixed = fixed if options.fixed_size is None else options.fixed_size
     own_dtype = floating_dtype(model, example)
     dtype = options.dtype or own_dtype
     example = example.cast(own_dtype)
@@ -237,9 +247,8 @@ class _Subject:
 
     @staticmethod
     def of(model: nn.Module, example: Example, dtype: torch.dtype) -> _Subject:
-        tensors = [*model.parameters(), *model.buffers(), *example.tensors]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        on_cpu = Example(*_to_cpu((example.args, example.kwargs)))
+        device = device_of(model)
+        on_cpu = example.to(torch.device("cpu"))
         precise = copy.deepcopy(model).cpu().double().requires_grad_(False)
         try:
             expected = on_cpu.cast(torch.float64).run(precise)
@@ -296,16 +305,14 @@ def _attempt(
     module = emit(graph, dtype).to(subject.device)
     precise = emit(graph, torch.float64) if subject.in_float64 else None
     reference = subject.proof_model if subject.in_float64 else None
-    pair = Pair(_in_dtype(subject.model, dtype), module, reference, precise, dtype)
+    pair = Pair(_in_dtype(subject.model, dtype), module, reference, precise, dtype, subject.device)
     free = all(value.op.any_size for value in graph.nodes()) and not captured.fixed_size
     example = subject.proof_example
     verification = pair.check(example, level=options.verify, free_sizes=free, expected=subject.expected)
     return _Attempt(graph, record, module, verification)
 
 
-def _rewritten(
-    subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy
-) -> tuple[Graph, Record]:
+def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> tuple[Graph, Record]:
     named = subject.proof_example.bind(subject.proof_model)
 
     def same(graph: Graph) -> float:
@@ -328,8 +335,8 @@ def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], polic
 
     _, record = _rewritten(subject, captured, passes, policy)
     good, bad = 0, len(record.firings)
-    if bad == 0 or error_after(bad)[0] <= subject.tolerance:
-        return None
+    if bad == 0 or error_after(bad)[0] <= subject.tolerance or error_after(good)[0] > subject.tolerance:
+        return None  # with no rewrite at all it is wrong too: then none of them is guilty
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if error_after(middle)[0] <= subject.tolerance else (good, middle)
@@ -360,12 +367,6 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if all(t.dtype == dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()):
         return model
     return copy.deepcopy(model).to(dtype)
-
-
-def _to_cpu(structure: Any) -> Any:
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, structure)
 
 
 def _report(

@@ -14,7 +14,7 @@ from typing import Literal
 from rgc.algebra import Conv
 from rgc.errors import InputError
 from rgc.ir import Input, Value
-from rgc.operators import BatchNorm, Constant, Structural
+from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten
 
 Objective = Literal["latency", "depth", "macs", "params"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
@@ -32,7 +32,7 @@ class Target:
 
     def seconds(self, value: Value) -> float:
         """Estimated time of the operator that makes ``value``, at the example's shapes."""
-        if isinstance(value.op, Input | Constant | Structural):
+        if isinstance(value.op, Input | Constant | Structural | Flatten | Unflatten):
             return 0.0
         compute = 2 * macs(value) / (self.peak * self.efficiency[_kernel_class(value)])
         return self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
@@ -89,7 +89,7 @@ def _layers(value: Value) -> float:
     """Layers first; a bias map is an addition, which counts a little."""
     if isinstance(value.op, Input | Constant):
         return 0.0
-    if isinstance(value.op, Structural):
+    if isinstance(value.op, Structural | Flatten | Unflatten):
         return 0.01
     extra = 0.1 if isinstance(value.op, Conv) and value.op.bias is not None and value.op.bias.dim() > 1 else 0.0
     return 1.0 + extra

@@ -115,7 +115,11 @@ class _Emitter:
     # --- values --------------------------------------------------------------------------------------------------
 
     def _emit(self, value: Value) -> fx.Node:
-        op = value.op if self.dtype is None or isinstance(value.op, Conv | Scale | BatchNorm) else value.op.cast(self.dtype)
+        op = (
+            value.op
+            if self.dtype is None or isinstance(value.op, Conv | Scale | BatchNorm)
+            else value.op.cast(self.dtype)
+        )
         inputs = [self.nodes[used] for used in value.inputs]
         match op:
             case Conv():
@@ -190,7 +194,9 @@ class _Emitter:
             tree_map(lambda leaf: inputs[leaf.index] if isinstance(leaf, Slot) else leaf, op.kwargs, is_leaf=_is_slot)
         )
         args, kwargs = tree_map(
-            lambda leaf: self._constant(value, leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs), is_leaf=_is_node
+            lambda leaf: self._constant(value, leaf) if isinstance(leaf, Tensor) else leaf,
+            (args, kwargs),
+            is_leaf=_is_node,
         )
         if isinstance(op.target, nn.Module):
             path = self._place(value, op.target, value.op)

@@ -1,29 +1,30 @@
 """How are rewrites applied? A worklist over the graph: match, build, gate by cost, prove, replace, look again nearby.
 
 The engine, not the author of a rewrite, looks after other users of inner values, commutativity, provenance, geometry
-fields that a rule did not read, the cost, and the float64 check of every firing. A firing that fails its check is
-undone before anything saw it, and reported.
+fields that a rule did not read, the cost, and the float64 check of every firing. A firing that fails its check never
+reaches the graph, and is reported; so is a rewrite that raises.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
-from rgc.ir import Graph, Operator, Origin, Value, topological
+from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.proof import check_firing
 from rgc.region import affine_regions, join_at
 from rgc.report import Failure, Firing, Refused
 from rgc.rewrite import Case, GraphPass, Match, Pass, Rewrite, observed, unread_geometry
 
-#: A rewrite that fires more often than this per node of the graph undoes itself for ever.
-MOST_FIRINGS_PER_NODE = 20
+#: Passes that fire more often than this per node of the graph undo each other for ever.
+MOST_FIRINGS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,31 @@ class Record:
 
     firings: list[Firing] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    refusals: dict[tuple[str, Value], str] = field(default_factory=dict)
+    refusals: dict[tuple[str, Value | None], str] = field(default_factory=dict)  # None: the whole model
+    broken: set[tuple[str, Value | None]] = field(default_factory=set)  # failed once, not tried there again
 
     def refused(self, graph: Graph) -> list[Refused]:
         """The refusals that still stand: those at values that the graph still holds."""
-        standing = ((name, value, reason) for (name, value), reason in self.refusals.items() if value in graph)
-        return [Refused(name, value.where, reason) for name, value, reason in standing]
+        return [
+            Refused(name, "model" if value is None else value.where, reason)
+            for (name, value), reason in self.refusals.items()
+            if value is None or value in graph
+        ]
+
+    def fail(self, name: str, value: Value | None, reason: str) -> None:
+        """Report a pass whose result was not equal, and do not try it there again."""
+        self.failures.append(Failure(name, "model" if value is None else value.where, reason))
+        self.broken.add((name, value))
+
+    def require_progress(self, allowance: int) -> None:
+        """`GraphError` where passes have fired more often than ``allowance``."""
+        if len(self.firings) > allowance:
+            last = self.firings[-1]
+            names = ", ".join(sorted({firing.rewrite for firing in self.firings[-len(self.firings) // 2 :]}))
+            raise GraphError(
+                f"{last.rewrite} still fires at {last.where} after {allowance} firings: "
+                f"does a result match its own pattern, or do passes undo each other ({names})?"
+            )
 
 
 def apply(
@@ -59,6 +79,7 @@ def apply(
     while True:
         before = len(record.firings)
         graph = _run_graph_passes(graph, [p for p in passes if isinstance(p, GraphPass)], policy, record, same)
+        record.require_progress(allowance)
         worker = _Worklist(graph, [p for p in passes if isinstance(p, Rewrite)], policy, record, allowance)
         worker.run()
         if len(record.firings) == before or _exhausted(policy, record):
@@ -71,9 +92,7 @@ def copy_graph(graph: Graph) -> Graph:
     for value in graph.nodes():
         inputs = [twins[used] for used in value.inputs]
         twins[value] = Value(value.op, inputs, value.type, value.origin, value.name)
-    from torch.utils._pytree import tree_map
-
-    outputs = tree_map(lambda leaf: twins[leaf] if isinstance(leaf, Value) else leaf, graph.outputs, is_leaf=_is_value)
+    outputs = tree_map(lambda leaf: twins[leaf] if isinstance(leaf, Value) else leaf, graph.outputs, is_leaf=is_value)
     return Graph([twins[value] for value in graph.inputs], outputs, [twins[value] for value in graph.effects])
 
 
@@ -87,6 +106,7 @@ class _Worklist:
         self.regional = [pair for pair in cases if pair[1].matches_regions]
         nodes = graph.nodes()
         self.order: dict[Value, float] = {value: float(index) for index, value in enumerate(nodes)}
+        self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(nodes)
         self.waiting = set(nodes)
 
@@ -101,6 +121,8 @@ class _Worklist:
                 return
 
     def _visit(self, value: Value) -> None:
+        for rewrite, _ in (*self.local, *self.regional):
+            self.record.refusals.pop((rewrite.name, value), None)  # what stood in the way may have gone
         for rewrite, case in self.local:
             if self._try_all(rewrite, value, case.match(value), case):
                 return
@@ -122,19 +144,18 @@ class _Worklist:
         return False
 
     def _try_all(self, rewrite: Rewrite, root: Value, matches: Iterator[Match], case: Case) -> bool:
-        if (rewrite.name, root.where) in self.policy.banned:
+        if (rewrite.name, root.where) in self.policy.banned or (rewrite.name, root) in self.record.broken:
             return False
         for match in matches:
             try:
                 self._fire(rewrite, case, match)
             except Refusal as refusal:
                 self.record.refusals.setdefault((rewrite.name, root), refusal.reason)
-            except NotEquivalentError as error:
-                self.record.failures.append(Failure(rewrite.name, root.where, str(error)))
-                self.record.refusals[(rewrite.name, root)] = f"undone, its result was not equal: {error}"
+            except (GraphError, NotEquivalentError) as error:
+                self.record.fail(rewrite.name, root, str(error))
                 return False
             else:
-                self.record.refusals.pop((rewrite.name, root), None)
+                self.record.require_progress(self.allowance)
                 return True
         return False
 
@@ -147,24 +168,30 @@ class _Worklist:
             value.op = value.op.__dict__.get("_original", value.op)
         dying = _dying(self.graph, match)
         self._require_gain(dying, added, match)
-        error = check_firing(root, new, list(match.values.values()))
+        error = check_firing(root, new, [value for value in match.values.values() if value not in match.interior])
+        self.uses.update(id(value.op) for value in added)
+        self.uses.subtract(id(value.op) for value in dying)
         self._replace(match, new, added)
-        kind = _evidence_class(match, added)
+        kind = _evidence_class(match, added, error)
         self.record.firings.append(Firing(rewrite.name, root.where, kind, error, tuple(v.op.label for v in added)))
-        if len(self.record.firings) > self.allowance:
-            raise GraphError(f"rewrite {rewrite.name} keeps firing at {root.where}: does its result match its pattern?")
 
     def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
         objective, target = self.policy.objective, self.policy.target
+        if objective == "params":  # those of an operator that other values share stay
+            dying, added = self._freed(dying), list({id(value.op): value for value in added}.values())
         before, after = (cost(values, objective, target) for values in (dying, added))
-        if after <= before * (1 + 1e-9):
+        kept = next((value for value in match.interior if value not in dying), None)
+        if after < before or (kept is None and after <= before * (1 + 1e-9)):
             return
-        kept = [value for value in match.interior if value not in dying]
-        require(not kept, f"saves nothing: {kept[0].where if kept else ''} is also used elsewhere")
+        require(kept is None, f"saves nothing: {kept.where if kept else ''} is also used elsewhere")
         if objective == "latency":
             raise Refusal(f"estimated slower on {target.name}: {after * 1e3:.3g} ms instead of {before * 1e3:.3g} ms")
         unit = {"depth": "layers", "macs": "multiply-accumulates", "params": "parameters"}[objective]
         raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
+
+    def _freed(self, dying: list[Value]) -> list[Value]:
+        gone = Counter(id(value.op) for value in dying)
+        return list({id(v.op): v for v in dying if gone[id(v.op)] == self.uses[id(v.op)]}.values())
 
     def _replace(self, match: Match, new: Value, added: list[Value]) -> None:
         root = match.root
@@ -173,7 +200,9 @@ class _Worklist:
         for value in added:
             value.origin, value.name = origin, root.name
         high = self.order[root]
-        low = max((self.order[used] for value in added for used in value.inputs if used in self.order), default=high - 1)
+        low = max(
+            (self.order[used] for value in added for used in value.inputs if used in self.order), default=high - 1
+        )
         self.graph.replace(root, new)
         for index, value in enumerate(added, start=1):
             self.order[value] = low + (high - low) * index / len(added)
@@ -189,11 +218,10 @@ def _build(rewrite: Rewrite, case: Case, match: Match) -> Value:
         new = case.build(**match.values, **operators)
     except RgcError:
         raise
-    except Exception as error:
-        error.add_note(f"raised inside rewrite {rewrite.name} at {match.root.where}; the model is unchanged")
-        raise
+    except Exception as error:  # a rewrite is its author's code and may raise anything: reported, the model kept
+        raise GraphError(_raised(error)) from error
     if not isinstance(new, Value):
-        raise GraphError(f"rewrite {rewrite.name} must return a Value, returned {type(new).__name__}")
+        raise GraphError(f"it must return a Value, returned {type(new).__name__}")
     reused = {id(value.op) for value in topological([new], known=set(match.values.values()).__contains__)}
     for name, op in operators.items():
         unread = [] if id(op) in reused else unread_geometry(op)
@@ -206,7 +234,7 @@ def _require_same_type(rewrite: Rewrite, root: Value, new: Value) -> None:
     if new.type != root.type and (
         new.type is None or root.type is None or (new.type.shape, new.type.dtype) != (root.type.shape, root.type.dtype)
     ):
-        raise NotEquivalentError(f"{root.where}: rewrite {rewrite.name} turns {root.type} into {new.type}")
+        raise NotEquivalentError(f"{root.where}: {rewrite.name} turns {root.type} into {new.type}")
 
 
 def _dying(graph: Graph, match: Match) -> list[Value]:
@@ -234,48 +262,75 @@ def _merged_origin(match: Match) -> Origin:
     return origin
 
 
-def _evidence_class(match: Match, added: list[Value]) -> str:
+def _evidence_class(match: Match, added: list[Value], error: float) -> str:
     convs = [value.op for value in added if isinstance(value.op, Conv)]
     if any(op.bias is not None and op.bias.dim() > 1 for op in convs):
         return "exact+corrected"
-    reused: set[Operator] = {value.op for value in match.interior}
-    return "bitwise" if all(value.op in reused for value in added) and len(added) < len(match.interior) else "exact"
+    reused = {id(value.op) for value in match.interior}
+    fewer = all(id(value.op) in reused for value in added) and len(added) < len(match.interior)
+    return "bitwise" if fewer and error == 0 else "exact"
 
 
 def _run_graph_passes(
     graph: Graph, passes: Sequence[GraphPass], policy: Policy, record: Record, same: Callable[[Graph], float]
 ) -> Graph:
     for each in passes:
-        if (each.name, "model") in policy.banned or _exhausted(policy, record):
+        banned = (each.name, "model") in policy.banned or (each.name, None) in record.broken
+        if banned or _exhausted(policy, record):
             continue
         backup, before = copy_graph(graph), _state(graph)
-        changed = each.run(graph)
-        if not isinstance(changed, Graph):
-            raise GraphError(f"graph pass {each.name} must return a Graph, returned {type(changed).__name__}")
-        if _state(changed) == before:
-            continue
+        record.refusals.pop((each.name, None), None)
         try:
-            error = same(changed)
-        except NotEquivalentError as failure:
-            record.failures.append(Failure(each.name, "model", str(failure)))
+            changed = _changed_by(each, graph)
+            if _state(changed) == before:
+                continue
+            error = _checked(changed, same)
+        except Refusal as refusal:
+            record.refusals[(each.name, None)] = refusal.reason
             graph = backup
-            continue
-        summary = f"{len(before)} -> {len(changed)} values"
-        record.firings.append(Firing(each.name, "model", "exact", error, (summary,)))
-        graph = changed
+        except (GraphError, NotEquivalentError) as failure:
+            record.fail(each.name, None, str(failure))
+            graph = backup
+        else:
+            summary = f"{len(backup)} -> {len(changed)} values"
+            record.firings.append(Firing(each.name, "model", "exact", error, (summary,)))
+            graph = changed
     return graph
 
 
-def _state(graph: Graph) -> list[tuple[Value, Operator, tuple[Value, ...]]]:
-    return [(value, value.op, value.inputs) for value in graph.nodes()]
+def _changed_by(each: GraphPass, graph: Graph) -> Graph:
+    try:
+        changed = each.run(graph)
+    except RgcError:
+        raise
+    except Exception as error:  # as in _build
+        raise GraphError(_raised(error)) from error
+    if not isinstance(changed, Graph):
+        raise GraphError(f"it must return a Graph, returned {type(changed).__name__}")
+    return changed
+
+
+def _checked(graph: Graph, same: Callable[[Graph], float]) -> float:
+    try:
+        return same(graph)
+    except RgcError:
+        raise
+    except Exception as error:  # what a graph pass left behind may fail in any way when it runs
+        raise GraphError(f"its graph does not run: {type(error).__name__}: {error}") from error
+
+
+def _raised(error: Exception) -> str:
+    """What somebody's pass raised, and in which line of it."""
+    frame = traceback.extract_tb(error.__traceback__)[1]
+    return f"it raised {type(error).__name__}: {error} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+
+
+def _state(graph: Graph) -> tuple[list[tuple[Value, Operator, tuple[Value, ...]]], list[Value], list[Value]]:
+    return [(value, value.op, value.inputs) for value in graph.nodes()], graph.output_values, list(graph.effects)
 
 
 def _exhausted(policy: Policy, record: Record) -> bool:
     return policy.limit is not None and len(record.firings) >= policy.limit
-
-
-def _is_value(leaf: Any) -> bool:
-    return isinstance(leaf, Value)
 
 
 __all__ = ["Policy", "Record", "apply", "copy_graph"]

@@ -23,7 +23,7 @@ class NotEquivalentError(RgcError):
     """A result differs from its original; it is never emitted: exit status 1."""
 
 
-class Refusal(RgcError):
+class Refusal(RgcError):  # noqa: N818 - a value as much as an error
     """A rewrite declines to fire; ``reason`` is one sentence that a user can act on."""
 
     def __init__(self, reason: str) -> None:

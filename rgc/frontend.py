@@ -48,6 +48,14 @@ class Example:
 
         return Example(tree_map(convert, self.args), tree_map(convert, self.kwargs))
 
+    def to(self, device: torch.device) -> Example:
+        """The same call with its tensors on ``device``."""
+
+        def move(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        return Example(tree_map(move, self.args), tree_map(move, self.kwargs))
+
     def run(self, model: Callable[..., Any]) -> Any:
         """The model's output on copies of the arguments (a model may overwrite its input)."""
         fresh = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
@@ -239,7 +247,9 @@ def _exported(model: nn.Module, example: Example) -> tuple[Source, bool]:
         raise TraceError("the traced program holds for one batch size only")
     graph = _renamed_inputs(program.graph, renamed)
     values = {renamed[name]: tensor for name, tensor in tensors.items()}
-    return Source(graph, program.graph_module, values, constants, lambda output: tree_unflatten(list(output), spec)), bool(burned)
+    return Source(
+        graph, program.graph_module, values, constants, lambda output: tree_unflatten(list(output), spec)
+    ), bool(burned)
 
 
 def _in_call_order(order: list[str], named: dict[str, Any], flat: list[Tensor]) -> list[str]:

@@ -118,7 +118,7 @@ class Value:
         self,
         op: Operator,
         inputs: Sequence[Value],
-        type: TensorType | None,  # noqa: A002 - the field's own name
+        type: TensorType | None,
         origin: Origin | None = None,
         name: str = "",
     ) -> None:
@@ -217,7 +217,9 @@ class Graph:
                 user._inputs = tuple(new if used is old else used for used in user._inputs)
                 self._users[new][user] = None
                 del self._users[old][user]
-        self._outputs = [new if leaf is old else leaf for leaf in self._outputs] if self._is_output(old) else self._outputs
+        self._outputs = (
+            [new if leaf is old else leaf for leaf in self._outputs] if self._is_output(old) else self._outputs
+        )
         self.effects = [new if effect is old else effect for effect in self.effects]
         self._collect([old])
         return added
@@ -254,7 +256,9 @@ class Graph:
             arguments = ", ".join(names[used] for used in value.inputs)
             source = f"  # {value.where}" + (f" ({value.origin.source})" if value.origin.source else "")
             lines.append(f"{names[value]} = {value.op.label}({arguments}) : {value.type}{source}")
-        returned = tree_map(lambda leaf: names[leaf] if isinstance(leaf, Value) else leaf, self.outputs, is_leaf=is_value)
+        returned = tree_map(
+            lambda leaf: names[leaf] if isinstance(leaf, Value) else leaf, self.outputs, is_leaf=is_value
+        )
         return "\n".join([*lines, f"return {returned}"])
 
     def _is_output(self, value: Value) -> bool:

@@ -586,7 +586,9 @@ def _dropout_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
     return _dropout(lifter, x, module.p, module.training)
 
 
-def _shared(lifter: _Lifter, module: nn.Module, handler: Callable[..., Value | None], x: Any, *args: Any) -> Value | None:
+def _shared(
+    lifter: _Lifter, module: nn.Module, handler: Callable[..., Value | None], x: Any, *args: Any
+) -> Value | None:
     """Lift by ``handler``; a module that is called again reuses its first operator where that fits."""
     known = lifter.operators.get(id(module))
     if known is not None and (not isinstance(known, BatchNorm) or known.axes == len(lifter.shape(x)) - 2):
@@ -659,7 +661,11 @@ def _canonical(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str,
         name = name.strip("_")
     elif name.endswith("_") and not name.endswith("__"):
         name, inplace = name.rstrip("_"), True
-    if name.startswith("i") and name[1:] in {"add", "sub", "mul", "truediv", "floordiv", "pow"} and _is_operator(target, name):
+    if (
+        name.startswith("i")
+        and name[1:] in {"add", "sub", "mul", "truediv", "floordiv", "pow"}
+        and _is_operator(target, name)
+    ):
         name, inplace = name[1:], True
     return name, inplace
 
@@ -791,4 +797,7 @@ def _source_line(node: fx.Node) -> str:
     return ""
 
 
-_TRACER_HOMES = (f"{Path(torch.__file__).parent}{os.sep}", *(str(Path(__file__).with_name(f"{n}.py")) for n in ("frontend", "lift")))
+_TRACER_HOMES = (
+    f"{Path(torch.__file__).parent}{os.sep}",
+    *(str(Path(__file__).with_name(f"{n}.py")) for n in ("frontend", "lift")),
+)

@@ -162,7 +162,6 @@ class AvgPool(Linear):
         return _meta(self, *types)
 
 
-
 @dataclass(frozen=True, eq=False)
 class Activation(Operator):
     """An elementwise function of ``torch.nn.functional`` by name, with its options; ``weight`` is PReLU's slopes."""
@@ -375,7 +374,7 @@ def _broadcast(*types: TensorType | None) -> TensorType | None:
     known = [given for given in types if given is not None]
     if not known or len(known) < len(types):
         return None
-    shape = torch.broadcast_shapes(*(given.shape for given in known))
+    shape = torch.broadcast_shapes(*(given.shape for given in known))  # type: ignore[no-untyped-call]  # torch's own
     dtype = known[0].dtype
     for given in known[1:]:
         dtype = torch.promote_types(dtype, given.dtype)
@@ -394,6 +393,7 @@ def _meta(op: Operator, *types: TensorType | None) -> TensorType | None:
 
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "Multiply", "Opaque", "Slot",
+    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "Multiply", "Opaque",
+    "Slot",
     "Structural", "Unflatten",
 ]  # fmt: skip

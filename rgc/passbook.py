@@ -29,9 +29,7 @@ def resolve(passes: str | Sequence[Any]) -> tuple[tuple[Pass, ...], bool]:
     if items and all(isinstance(item, str) and item.startswith("-") for item in items):
         items = ["default", *items]
     for item in items:
-        if item == "all":
-            fixed = True
-        fixed = fixed or item == "collapse"
+        fixed = fixed or item == "all"
         if isinstance(item, str) and item.startswith("-"):
             _named(item[1:], known)
             chosen.pop(item[1:], None)
@@ -39,7 +37,8 @@ def resolve(passes: str | Sequence[Any]) -> tuple[tuple[Pass, ...], bool]:
         for each in {"all": ALL, "default": DEFAULT}[item] if item in ("all", "default") else _found(item, known):
             chosen[each.name] = each
     order = {name: index for index, name in enumerate(known)}
-    return tuple(sorted(chosen.values(), key=lambda each: order.get(each.name, len(order)))), fixed
+    ordered = sorted(chosen.values(), key=lambda each: order.get(each.name, len(order)))
+    return tuple(ordered), fixed or "collapse" in chosen
 
 
 def passes_in(module: ModuleType) -> tuple[Pass, ...]:

@@ -7,12 +7,13 @@ domain of local affine maps instead of tensors.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from rgc.algebra import Conv, Linear, Scale, Size, add, compose, unit
+from rgc.algebra import Conv, Linear, Scale, Size, add, compose
 from rgc.errors import GraphError, Refusal, require
 from rgc.ir import Graph, Operator, TensorType, Value, evaluate_value
 from rgc.operators import Add, Concat, Constant
@@ -64,7 +65,9 @@ class Region(Operator):
 
     @property
     def _axes_and_channels(self) -> tuple[int, int]:
-        spatial = next((v.op.spatial for v in self.values if isinstance(v.op, Linear) and v.op.spatial is not None), None)
+        spatial = next(
+            (v.op.spatial for v in self.values if isinstance(v.op, Linear) and v.op.spatial is not None), None
+        )
         shape = self.source.tensor_type.shape
         require(spatial is not None and spatial < len(shape), "nothing in the region says on which axes it acts")
         assert spatial is not None
@@ -75,14 +78,14 @@ class Join(Region):
     """The smallest region that ends in a sum or a concatenation: parallel branches of one source."""
 
 
-def join_at(value: Value, order: dict[Value, int]) -> Join | None:
+def join_at(value: Value, order: Mapping[Value, float]) -> Join | None:
     """The branches that meet in ``value``, back to the value they all start from; None where they have no such value.
 
     ``order`` numbers the values of the graph topologically.
     """
     if not isinstance(value.op, Add | Concat):
         return None
-    inside: dict[Value, int] = {}
+    inside: dict[Value, float] = {}
     frontier = [(-order[value], id(value), value)]
     seen = {value}
     while len(frontier) > 1 or not inside:

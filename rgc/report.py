@@ -17,7 +17,8 @@ class Firing:
     """One rewrite that was applied.
 
     ``evidence`` is "bitwise", "exact" (equal in the reals) or "exact+corrected" (with a bias map); ``max_error`` is the
-    largest float64 difference seen at its proof, relative to the largest intermediate value; ``result`` the new operators.
+    largest float64 difference seen at its proof, relative to the largest intermediate value; ``result``
+    the new operators.
     """
 
     rewrite: str
@@ -38,7 +39,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rewrite whose result was not equal. It was undone; it is a bug of the rewrite, ``reason`` shows how to see it."""
+    """A rewrite whose result was not equal: a bug of the rewrite. It was undone; ``reason`` shows how to see it."""
 
     rewrite: str
     where: str

@@ -14,6 +14,7 @@ an operator class, `Linear` (any linear operator), `Region` or `Join` (an affine
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -199,7 +200,7 @@ Pass = Rewrite | GraphPass
 def rewrite(pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
     """Turn a function into a rewrite; ``pattern`` is a lambda whose parameters are holes.
 
-    Raises `GraphError` where pattern and function name different holes or a hole has no type.
+    Raises `GraphError` where pattern and function name different holes, or a hole is unused or has no fitting type.
     """
 
     def make(build: Callable[..., Value]) -> Rewrite:
@@ -268,7 +269,53 @@ def _case(pattern: Callable[..., Term], build: Callable[..., Value]) -> Case:
     missing = [name for name in names if name not in hints]
     if missing:
         raise GraphError(f"rewrite {build.__name__}: the hole {missing[0]!r} has no type")
-    return Case(term, build, {name: _hole_type(hints[name]) for name in names})
+    holes = {name: _hole_type(hints[name]) for name in names}
+    _check_holes(build.__name__, term, holes)
+    return Case(term, build, holes)
+
+
+def _check_holes(rewrite_name: str, term: Term, holes: dict[str, tuple[Any, tuple[Predicate, ...]]]) -> None:
+    used = list(_uses(term))
+    for name, (kind, _) in holes.items():
+        roles = {role for hole, role in used if hole == name}
+        problem = None
+        if not roles:
+            problem = "does not occur in the pattern"
+        elif len(roles) > 1:
+            problem = "stands for an operator and for a value"
+        elif roles == {"value"} and kind is not Value:
+            problem = f"stands for a value, so its type must be Value, got {kind}"
+        elif roles == {"operator"} and not all(issubclass(each, Operator) for each in _classes(kind)):
+            problem = f"is applied to values, so its type must be an operator class, got {kind}"
+        elif any(issubclass(each, Region) for each in _classes(kind)) and not _is_whole(term, name):
+            problem = "stands for a region, which must be the whole pattern: region(x)"
+        if problem is not None:
+            raise GraphError(f"rewrite {rewrite_name}: the hole {name!r} {problem}")
+
+
+def _is_whole(term: Term, name: str) -> bool:
+    return (
+        isinstance(term, Applied)
+        and term.operator == name
+        and len(term.arguments) == 1
+        and isinstance(term.arguments[0], Hole)
+    )
+
+
+def _uses(term: Term) -> Iterator[tuple[str, str]]:
+    if isinstance(term, Hole):
+        yield term.name, "value"
+        return
+    if isinstance(term, Applied):
+        yield term.operator, "operator"
+    for inner in term.arguments if isinstance(term, Applied) else (term.left, term.right):
+        yield from _uses(inner)
+
+
+def _classes(kind: Any) -> tuple[type, ...]:
+    """The classes of a union, or the one class; `object` for what is no class."""
+    members = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    return tuple(each if isinstance(each, type) else object for each in members)
 
 
 def _hole_type(hint: Any) -> tuple[Any, tuple[Predicate, ...]]:
@@ -307,7 +354,9 @@ def _match(term: Term, value: Value, match: Match, holes: dict[str, Any]) -> Ite
         yield from _match_all((term.left, term.right), value.inputs[::-1], inside, holes)
 
 
-def _match_all(terms: tuple[Term, ...], values: tuple[Value, ...], match: Match, holes: dict[str, Any]) -> Iterator[Match]:
+def _match_all(
+    terms: tuple[Term, ...], values: tuple[Value, ...], match: Match, holes: dict[str, Any]
+) -> Iterator[Match]:
     if not terms:
         yield match
         return

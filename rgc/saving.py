@@ -1,4 +1,4 @@
-"""How do users write and read results? ``rgc.save`` proves the file before it appears; ``rgc.load`` gives a module back."""
+"""How do users write and read results? ``rgc.save`` proves the file before it appears, ``rgc.load`` reads it."""
 
 from __future__ import annotations
 

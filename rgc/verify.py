@@ -1,4 +1,4 @@
-"""Is the compiled model the original? Hypothesis draws inputs; float64 decides the function, the noise floor the floats.
+"""Is the compiled model the original? Hypothesis draws inputs, float64 decides the function, noise the floats.
 
 In float64 the compiled model must agree with the original to 1e-10 of the output's scale. In the deployed dtype its
 distance from the float64 original may not exceed a small multiple of the original's own distance: both round, and only
@@ -26,7 +26,7 @@ Level = Literal["quick", "full"]
 #: How many inputs are drawn beside the example.
 DRAWS: dict[str, int] = {"quick": 4, "full": 50}
 
-#: Where sizes are free, drawn inputs are at most about so wide: borders show at any size, and the example has the full one.
+#: Where sizes are free, drawn inputs are at most about so wide: borders show at any size.
 LARGEST_DRAWN = 64
 
 #: The compiled model may be so many times as far from the float64 original as the original itself ...
@@ -44,15 +44,15 @@ def verify(
     Raises `InputError` where the original cannot run the example; a difference is returned, not raised:
     ``verify(...).equal``.
     """
-    from rgc.compiler import example_of, floating_dtype, require_eval
+    from rgc.compiler import device_of, example_of, floating_dtype, require_eval
 
     require_eval(original)
     example = example_of(original, example_inputs)
     dtype = floating_dtype(original, example)
     reference = copy.deepcopy(original).cpu().double().requires_grad_(False)
-    pair = Pair(original, compiled, reference, None, dtype)
+    pair = Pair(original, compiled, reference, None, dtype, device_of(original))
     try:
-        return pair.check(example, level=level, free_sizes=False)
+        return pair.check(example.to(torch.device("cpu")), level=level, free_sizes=False)
     except NotEquivalentError as error:
         return Verification(False, None, float("inf"), 0.0, 0.0, 0, level, str(error))
 
@@ -66,14 +66,17 @@ class Pair:
     reference: Callable[..., Any] | None
     compiled_reference: Callable[..., Any] | None
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
 
     def check(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Verification:
-        """The worst differences over the example and the drawn inputs; raises `NotEquivalentError` with the input's shape."""
+        """The worst differences over the example and the drawn inputs; `NotEquivalentError` names the input's shape."""
         worst = _Worst()
         self._compare(example, worst, expected)
         for drawn in draw_examples(example, DRAWS[level], free_sizes):
             try:
-                expected = drawn.cast(torch.float64 if self.reference else self.dtype).run(self.reference or self.original)
+                expected = drawn.cast(torch.float64 if self.reference else self.dtype).run(
+                    self.reference or self.original
+                )
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
             self._compare(drawn, worst, expected)
@@ -90,14 +93,14 @@ class Pair:
             worst.exact = max(worst.exact, exact)
             if not exact <= TOLERANCE:
                 raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
-        deployed = example.cast(self.dtype)
-        expected_on_device = expected
-        own = output_difference(expected_on_device, _on_cpu(deployed.run(self.original)))
-        found = output_difference(expected_on_device, _on_cpu(deployed.run(self.compiled)))
+        deployed = example.cast(self.dtype).to(self.device)
+        own = output_difference(expected, _on_cpu(deployed.run(self.original)))
+        found = output_difference(expected, _on_cpu(deployed.run(self.compiled)))
         allowed = NOISE_MULTIPLE * own + NOISE_FLOOR * torch.finfo(self.dtype).eps
         if not found <= allowed:
             raise NotEquivalentError(
-                f"differs by {found:.1e} of its scale in {str(self.dtype).removeprefix('torch.')} on {_describe(example)}, "
+                f"differs by {found:.1e} of its scale in {str(self.dtype).removeprefix('torch.')} "
+                f"on {_describe(example)}, "
                 f"where the original's own rounding explains {allowed:.1e}"
             )
         worst.deployed, worst.own = max(worst.deployed, found), max(worst.own, own)
@@ -114,7 +117,7 @@ class _Worst:
 
 
 def draw_examples(example: Example, count: int, free_sizes: bool) -> Iterator[Example]:
-    """``count`` inputs like ``example``: other batches, other sizes where these are free, other distributions of values."""
+    """``count`` inputs like ``example``: other batches, other sizes where free, other distributions of values."""
     drawn: list[Example] = []
     import hypothesis
     from hypothesis import strategies as st
@@ -126,7 +129,11 @@ def draw_examples(example: Example, count: int, free_sizes: bool) -> Iterator[Ex
         phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     @hypothesis.given(
-        st.integers(1, 3), st.integers(-3, 3), st.sampled_from([1, 2, 4]), st.sampled_from(_DISTRIBUTIONS), st.integers(0, 2**31)
+        st.integers(1, 3),
+        st.integers(-3, 3),
+        st.sampled_from([1, 2, 4]),
+        st.sampled_from(_DISTRIBUTIONS),
+        st.integers(0, 2**31),
     )
     def draw(new_batch: int, shift: int, divisor: int, distribution: Callable[..., Tensor], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,115 @@
+"""How does the author of a rewrite test it? Its examples, compiled with weights that hide nothing.
+
+from rgc.testing import check
+
+def test_my_rewrite() -> None:
+    check(my_rewrite)
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rgc.compiler import Options, compile_with, example_of
+from rgc.errors import RgcError
+from rgc.report import Report
+from rgc.rewrite import Example, Rewrite
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: So many draws of weights for each example of a rewrite.
+SEEDS = 3
+
+
+class ExampleError(RgcError, AssertionError):
+    """A rewrite does not do what its examples say, or has none."""
+
+
+def check(rewrite: Rewrite) -> None:
+    """Compile every example of ``rewrite`` with random weights: it must fire, or leave alone and say why.
+
+    Raises `ExampleError` in plain words: what was expected of which example, and what happened.
+
+    >>> from rgc.passes import merge_stage
+    >>> check(merge_stage)
+    """
+    kinds = {example.fires for example in rewrite.examples}
+    for fires, decorator in ((True, "fires_on"), (False, "leaves_alone")):
+        if fires not in kinds:
+            raise ExampleError(
+                f"rewrite {rewrite.name} is not finished: it has no example with @{rewrite.name}.{decorator}"
+            )
+    for example in rewrite.examples:
+        for seed in range(SEEDS):
+            _check_example(rewrite, example, seed)
+
+
+def randomize(model: Model, seed: int = 0) -> Model:
+    """``model`` in eval mode with random batch norm statistics, gamma of both signs, and random biases; in place.
+
+    Fresh models hide bugs: with the statistics of a new batch norm, and with zero biases, every border is right.
+
+    >>> bn = randomize(nn.BatchNorm2d(64))
+    >>> bool((bn.weight < 0).any()), bool((bn.weight > 0).any()), bn.training
+    (True, True, False)
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None:
+            drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(low + (high - low) * drawn)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                fill(module.running_mean, -0.5, 0.5)
+                # PyTorch's own initialisation shrinks a layer's output to a variance of about 1/3
+                fill(module.running_var, 0.2, 0.8)
+                fill(module.weight, 0.5, 1.5)
+                if module.weight is not None:
+                    module.weight.mul_(_signs(module.weight.shape, generator).to(module.weight))
+            fill(module._parameters.get("bias"), -0.5, 0.5)
+    return model.eval()
+
+
+def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Signs at random, both of them where there is room for two."""
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    if signs.numel() > 1:
+        signs[0], signs[-1] = 1, -1
+    return signs
+
+
+def _check_example(rewrite: Rewrite, example: Example, seed: int) -> None:
+    model = randomize(example.build(), seed)
+    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(seed))
+    options = Options(passes=(rewrite,), objective="latency", fixed_size=example.fixed_size)
+    where = f"{rewrite.name} on the example {example.name!r} (seed {seed})"
+    try:
+        report = compile_with(model, example_of(model, x), options).report
+    except RgcError as error:
+        raise ExampleError(f"{where}: compiling fails: {error}") from error
+    if report.failures:
+        raise ExampleError(f"{where}: the result is not equal: {report.failures[0].reason}")
+    fired = any(firing.rewrite == rewrite.name for firing in report.rewrites)
+    reasons = [refused.reason for refused in report.refusals if refused.rewrite == rewrite.name]
+    if example.fires and not fired:
+        raise ExampleError(f"{where}: must fire, but {_instead(reasons, report)}")
+    if not example.fires and fired:
+        raise ExampleError(f"{where}: must leave the model alone, but fired")
+    if not example.fires and not any(example.because in reason for reason in [*reasons, ""]):
+        raise ExampleError(f"{where}: must refuse because of {example.because!r}, but {_instead(reasons, report)}")
+
+
+def _instead(reasons: list[str], report: Report) -> str:
+    if reasons:
+        return f"refused: {'; '.join(dict.fromkeys(reasons))}"
+    notes = f" ({'; '.join(report.notes)})" if report.notes else ""
+    return f"its pattern does not occur in the traced model{notes}"
+
+
+__all__ = ["ExampleError", "check", "randomize"]

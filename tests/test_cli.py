@@ -1,0 +1,516 @@
+"""Does the command line do what it says, and on every error print one line, write nothing and exit as promised?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rgc
+from rgc.cli import run
+from rgc.cli_options import Destination, InputSpec, default_output, example_for
+from rgc.cli_output import one_line, pattern_text, progress
+from rgc.errors import InputError
+from rgc.models import reducenet20
+from rgc.nn import DecayedActivation
+from rgc.report import Verification
+from rgc.rewrite import Hole
+
+SMALL = ["--input", "1x3x12x11"]
+
+PLUGIN = '''"""Passes of a user."""
+
+from rgc import Activation, Value, require, rewrite
+
+
+@rewrite(lambda x, act: act(x))
+def keep_activation(x: Value, act: Activation) -> Value:
+    """An activation stays. It is the identity of nothing."""
+    require(False, "activations are kept")
+    return x
+
+
+@rewrite(lambda x, act: act(x))
+def lose_activation(x: Value, act: Activation) -> Value:
+    """Wrong on purpose."""
+    return x
+'''
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model in eval mode, its batch norms with statistics, scales of both signs and offsets of their own."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            with torch.no_grad():
+                module.running_mean.normal_(generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+                module.weight.normal_(generator=generator)
+                module.bias.normal_(generator=generator)
+    return model.eval()
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8), "act": nn.ReLU()}
+    return randomised(nn.Sequential(OrderedDict(layers)))
+
+
+def linear_reducenet() -> nn.Module:
+    torch.manual_seed(0)
+    model = reducenet20()
+    for module in model.modules():
+        if isinstance(module, DecayedActivation):
+            module.set_decay(1.0)
+    return randomised(model)
+
+
+class Unknown(nn.Module):
+    """A class that no allow-list holds."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with ``model.pt``."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(small_model(), tmp_path / "model.pt")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model.pt`` and what it compiles to in each format."""
+    made = tmp_path_factory.mktemp("compiled")
+    torch.save(small_model(), made / "model.pt")
+    for output in ("model.pt2", "model.onnx", "model/"):
+        assert run(["compile", str(made / "model.pt"), *SMALL, "--output", f"{made}/{output}"]) == 0
+    return made
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` with its hash."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".hypothesis" not in path.parts)
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Run a command that has to fail: one line on stderr, nothing on stdout, nothing written. Returns the line."""
+
+    def check(*arguments: str, status: int = 2) -> str:
+        before = contents(folder)
+        capsys.readouterr()
+        assert run(arguments) == status
+        seen = capsys.readouterr()
+        assert seen.out == ""
+        assert seen.err.startswith("rgc: ")
+        assert seen.err.count("\n") == 1 and seen.err.endswith("\n")
+        assert contents(folder) == before
+        return seen.err
+
+    return check
+
+
+def test_compile_writes_beside_the_input_and_says_what_it_did(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "model.pt", *SMALL]) == 0
+    seen = capsys.readouterr()
+    assert "fold_batchnorm" in seen.out
+    assert "proved equal" in seen.out
+    last = seen.out.splitlines()[-1]
+    assert last.startswith("wrote model.fused.pt2 (")
+    assert "kB; free dimensions: input[0], input[2], input[3])" in last
+    assert seen.err == ""
+    assert set(contents(folder)) == {str(folder / "model.pt"), str(folder / "model.fused.pt2")}
+    x = torch.randn(3, 3, 9, 10)
+    with torch.no_grad():
+        found = rgc.artifact.load("model.fused.pt2")(x)  # type: ignore[attr-defined]  # a submodule that run() imports
+        torch.testing.assert_close(found, small_model()(x))
+
+
+def test_output_without_a_terminal_has_no_escape_codes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["passes", "fold_batchnorm"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(["inspect", "model.pt", *SMALL]) == 0
+    coloured = capsys.readouterr().out
+    assert not any(f"\x1b[{code}m" in coloured for code in ("31", "32", "36", "1;31", "1;36"))
+
+
+def test_a_linear_reducenet_becomes_one_linear_layer_in_onnx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(linear_reducenet(), "reducenet.pt")
+    command = ["compile", "reducenet.pt", "--passes", "all", "--objective", "depth", "--format", "onnx"]
+    assert run(command) == 0
+    assert "wrote reducenet.fused.onnx (124" in capsys.readouterr().out
+    assert run(["verify", "reducenet.pt", "reducenet.fused.onnx"]) == 0
+    assert "equal" in capsys.readouterr().out
+    assert run(["inspect", "reducenet.pt", "--passes", "all", "--objective", "depth"]) == 0
+    shown = capsys.readouterr().out
+    assert "ReduceNet: 1 operators, traced by torch.fx" in shown
+    assert "linear 3072->10" in shown
+    assert "collapse" in shown
+
+
+def test_a_zoo_model_goes_to_the_working_directory_and_is_the_same_every_time(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["compile", "zoo:reducenet20", "--format", "python"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("wrote reducenet20.fused/ (")
+    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {"model.py", "model.safetensors"}
+    assert run(["verify", "zoo:reducenet20", "reducenet20.fused/", "--trust"]) == 0
+
+
+def test_a_state_dict_compiles_with_arch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "factories.py").write_text(
+        "from torch import nn\n\n\ndef small():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))\n"
+    )
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(), "weights.pt")
+    try:
+        assert run(["inspect", "weights.pt", "--arch", "factories:small", *SMALL]) == 0
+    finally:
+        sys.modules.pop("factories", None)
+    assert "conv 3x3 3->8" in capsys.readouterr().out
+
+
+def test_the_report_is_written_as_json(folder: Path) -> None:
+    command = ["compile", "model.pt", *SMALL, "--report", "report.json", "--verify", "full", "--dtype", "float64"]
+    assert run(command) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["ops_before"] == {"Conv2d": 1, "BatchNorm2d": 1, "ReLU": 1}
+    assert report["ops_after"] == {"Conv2d": 1, "ReLU": 1}
+    assert [firing["rewrite"] for firing in report["rewrites"]] == ["fold_batchnorm"]
+    assert report["input_shapes"] == [[1, 3, 12, 11]]
+    assert report["max_error"] <= 1e-10
+    assert report["verification"]["level"] == "full"
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".hypothesis") == [
+        "model.fused.pt2", "model.pt", "report.json",
+    ]  # fmt: skip
+
+
+def test_inspect_shows_the_graph_before_and_after_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "model.pt", *SMALL]) == 0
+    before = capsys.readouterr().out
+    assert "Sequential: 3 operators, traced by torch.fx" in before
+    assert "%1 = conv 3x3 3->8(%0) : float32[1, 8, 12, 11]  # conv" in before
+    assert "BatchNorm2d      1" in before
+    assert run(["inspect", "model.pt", *SMALL, "--passes", "fold_batchnorm"]) == 0
+    after = capsys.readouterr().out
+    assert "batch norm" not in after
+    assert "# conv + bn" in after
+    assert contents(folder) == {str(folder / "model.pt"): contents(folder)[str(folder / "model.pt")]}
+
+
+@pytest.mark.parametrize("artifact", ["model.pt2", "model.onnx", "model/"])
+def test_verify_tells_equal_from_not_equal(
+    compiled: Path, tmp_path: Path, artifact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trust = ["--trust"] if artifact == "model/" else []
+    original = str(compiled / "model.pt")
+    assert run(["verify", original, f"{compiled}/{artifact}", *SMALL, *trust]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "equal"
+    perturbed = small_model()
+    with torch.no_grad():
+        next(perturbed.parameters())[0, 0, 0, 0] += 1e-2
+    torch.save(perturbed, tmp_path / "perturbed.pt")
+    assert run(["verify", str(tmp_path / "perturbed.pt"), f"{compiled}/{artifact}", *SMALL, *trust]) == 1
+    seen = capsys.readouterr()
+    assert seen.out.startswith("not equal: the artifact differs by ")
+    assert seen.out.count("\n") == 1
+    assert seen.err == ""
+
+
+def test_verify_says_which_shapes_differ(compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(nn.Conv2d(3, 4, 1).eval(), tmp_path / "other.pt")
+    assert run(["verify", str(tmp_path / "other.pt"), str(compiled / "model.onnx"), "--input", "1x3x6x6"]) == 1
+    expected = "not equal: the artifact returns 1x8x6x6 where the original returns 1x4x6x6\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_verify_refuses_bad_input(fails: Fails, compiled: Path, folder: Path) -> None:
+    original = str(compiled / "model.pt")
+    assert "to have 3 channels, but got 4" in fails("verify", original, f"{compiled}/model.pt2", "--input", "1x4x9x9")
+    assert "does not exist" in fails("verify", original, "none.pt2", *SMALL)
+    assert "no such file" in fails("verify", "none.pt", f"{compiled}/model.pt2", *SMALL)
+    assert "cannot tell the format" in fails("verify", original, original, *SMALL)
+    assert "holds Python code" in (line := fails("verify", original, f"{compiled}/model/", *SMALL))
+    assert "--trust" in line
+    (folder / "cut.pt2").write_bytes((compiled / "model.pt2").read_bytes()[:-500])
+    assert "not a .pt2 archive" in fails("verify", original, "cut.pt2", *SMALL)
+
+
+def test_verify_asks_for_trust_where_a_pt2_carries_pickles(fails: Fails, folder: Path) -> None:
+    program = torch.export.export(small_model(), (torch.randn(1, 3, 12, 11),))
+    torch.export.save(program, folder / "with_example.pt2")  # torch itself stores the example as a pickle
+    line = fails("verify", "model.pt", "with_example.pt2", *SMALL)
+    assert "loading it could run code" in line and "--trust" in line
+
+
+def test_verify_refuses_a_size_that_the_artifact_does_not_take(fails: Fails, folder: Path) -> None:
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), "flat.pt")
+    assert run(["compile", "flat.pt", "--input", "1x3x2x2", "--output", "flat.onnx"]) == 0
+    line = fails("verify", "flat.pt", "flat.onnx", "--input", "1x12x1x1")
+    assert "the artifact does not take an input of 1x12x1x1" in line
+
+
+def test_passes_lists_all_and_explains_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["passes"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fold_batchnorm", "yes"] in [row[:2] for row in rows]
+    assert ["collapse", "no"] in [row[:2] for row in rows]
+    assert run(["passes", "fold_batchnorm"]) == 0
+    shown = capsys.readouterr().out
+    assert "s(Wx + b - m)" in shown
+    assert "bn(conv(x))   with x: Value, conv: Conv, bn: BatchNorm" in shown
+    assert "convolution without bias" in shown
+    assert "batch statistics" in shown
+    assert run(["passes", "hygiene"]) == 0
+    assert "has no pattern" in capsys.readouterr().out
+
+
+def test_a_plugin_adds_its_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.py").write_text(PLUGIN)
+    assert run(["passes", "--plugin", "mine.py"]) == 0
+    assert "An activation stays." in capsys.readouterr().out
+    assert run(["passes", "keep_activation", "--plugin", "mine.py"]) == 0
+    assert "act(x)   with x: Value, act: Activation" in capsys.readouterr().out
+    command = ["inspect", "model.pt", *SMALL, "--plugin", "mine.py", "--passes", "-lose_activation"]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    assert "activations are kept" in shown
+    assert "fold_batchnorm" in shown
+    assert "lose_activation" not in shown
+
+
+def test_a_wrong_pass_is_undone_or_under_strict_ends_the_compilation(
+    fails: Fails, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mine.py").write_text(PLUGIN)
+    wrong = ["compile", "model.pt", *SMALL, "--plugin", "mine.py", "--passes", "lose_activation"]
+    assert "lose_activation" in fails(*wrong, "--strict", status=1)
+    assert run(wrong) == 0
+    assert "bug: lose_activation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["out.pt2", "out.onnx", "out/"])
+def test_an_artifact_that_differs_is_not_kept(fails: Fails, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    wrong = Verification(False, None, 1.0, 0.0, 0.0, 1, "quick", "differs by 1")
+    monkeypatch.setattr("rgc.cli_files.compare", lambda *_: wrong)
+    line = fails("compile", "model.pt", *SMALL, "--output", output, "--report", "report.json", status=1)
+    assert "the written file differs by 1; nothing is kept" in line
+
+
+def test_models_that_cannot_be_used_are_refused(fails: Fails, folder: Path) -> None:
+    torch.save(small_model().train(), "train.pt")
+    torch.save(Unknown().eval(), "unknown.pt")
+    (folder / "cut.pt").write_bytes((folder / "model.pt").read_bytes()[:2000])
+    torch.save(small_model().state_dict(), "weights.pt")
+    for command in ("compile", "inspect"):
+        assert "training mode" in fails(command, "train.pt", *SMALL)
+        assert "no such file" in fails(command, "none.pt", *SMALL)
+        assert "cut off or damaged" in fails(command, "cut.pt", *SMALL)
+        assert "Unknown" in (line := fails(command, "unknown.pt", *SMALL))
+        assert "--trust" in line
+        assert "--arch" in fails(command, "weights.pt", *SMALL)
+        assert "did you mean reducenet20" in fails(command, "zoo:reducenet2", *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1x3xq", "is no shape"), ("", "is no shape"), ("1x0x3", "is no shape"), ("=1x3", "is no shape"),
+        ("1x3x8x8:float8", "'float8' is none of int64"), ("99999x99999", "more than rgc tries"),
+        ("1x4x8x8", "expected input[1, 4, 8, 8] to have 3 channels"), ("3x8", "does not run on an input of 3x8"),
+        ("mask=1x3x8x8", "does not run"),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_refused(fails: Fails, text: str, reason: str) -> None:
+    assert reason in fails("compile", "model.pt", "--input", text)
+
+
+def test_more_inputs_than_the_model_takes_are_refused(fails: Fails) -> None:
+    assert "does not run" in fails("compile", "model.pt", *SMALL, *SMALL)
+    assert "given twice" in fails("compile", "model.pt", "--input", "a=1x3", "--input", "a=1x3")
+
+
+def test_a_model_that_nobody_knows_needs_an_input(fails: Fails) -> None:
+    assert "cannot tell what Sequential takes; say it with --input" in fails("compile", "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["compile"], "Missing argument 'MODEL'"),
+        (["compile", "model.pt", "--outptu", "x"], "--output"),
+        (["comple", "model.pt"], "comple"),
+        (["--verbose"], "--verbose"),
+        (["compile", "model.pt", *SMALL, "--passes", "fold_batchnrm"], "did you mean 'fold_batchnorm'?"),
+        (["compile", "model.pt", *SMALL, "--passes", ""], "unknown pass ''"),
+        (["passes", "fold_batchnrm"], "did you mean 'fold_batchnorm'?"),
+        (["compile", "model.pt", *SMALL, "--objective", "speed"], "'speed' is not one of"),
+        (["compile", "model.pt", *SMALL, "--output", "x.onnx", "--format", "pt2"], "contradicts --output x.onnx"),
+        (["compile", "model.pt", *SMALL, "--output", "x/", "--format", "onnx"], "contradicts --output x/"),
+        (["compile", "model.pt", *SMALL, "--output", "x.h5"], "cannot tell the format of x.h5"),
+        (["compile", "model.pt", *SMALL, "--output", ".."], "names no file or folder"),
+        (["compile", "model.pt", *SMALL, "--output", "model.pt", "--format", "pt2"], "is the input itself"),
+        (["compile", "model.pt", *SMALL, "--output", "no/such/x.pt2"], "there is no folder"),
+        (["compile", "model.pt", *SMALL, "--report", "no/x.json"], "there is no folder"),
+        (["compile", "model.pt", *SMALL, "--report", "x.html"], "writes .json reports only"),
+        (["inspect", "model.pt", *SMALL, "--plugin", "x.py"], "say with --passes"),
+        (["passes", "--plugin", "none.py"], "no such file of passes"),
+        (["passes", "--plugin", "none"], "no module 'none'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(fails: Fails, arguments: list[str], reason: str) -> None:
+    assert reason in fails(*arguments)
+
+
+def test_a_plugin_that_cannot_run_is_refused_with_its_line(fails: Fails, folder: Path) -> None:
+    (folder / "syntax.py").write_text("x = 1\nx = = 2\n")
+    (folder / "raises.py").write_text("import rgc\n\n1 / 0\n")
+    assert "line 2: SyntaxError" in fails("passes", "--plugin", "syntax.py")
+    assert "line 3: ZeroDivisionError" in fails("passes", "--plugin", "raises.py")
+
+
+def test_inputs_are_never_overwritten(fails: Fails, folder: Path) -> None:
+    (folder / "artifact.json").mkdir()
+    assert "is the input itself" in fails("compile", "model.pt", *SMALL, "--report", _link(folder, "model.json"))
+    assert "is the artifact itself" in fails(
+        "compile", "model.pt", *SMALL, "--output", "x.json", "--format", "pt2", "--report", "x.json"
+    )
+    assert "is a folder" in fails("compile", "model.pt", *SMALL, "--report", "artifact.json")
+
+
+def _link(folder: Path, name: str) -> str:
+    (folder / name).symlink_to(folder / "model.pt")
+    return name
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="every folder is writable for root")
+def test_a_folder_that_is_not_writable_is_refused(fails: Fails, folder: Path) -> None:
+    (folder / "closed").mkdir(mode=0o555)
+    assert "is not writable" in fails("compile", "model.pt", *SMALL, "--output", "closed/x.pt2")
+
+
+def test_a_folder_that_turns_out_unwritable_is_refused(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert "cannot write x.pt2: Permission denied" in fails("compile", "model.pt", *SMALL, "--output", "x.pt2")
+
+
+def test_an_interrupted_command_writes_nothing(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rgc.cli_files.compare", interrupt)
+    assert fails("compile", "model.pt", *SMALL, "--report", "x.json", status=130) == "rgc: interrupted\n"
+
+
+def test_help_shows_examples_and_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "rgc compile model.pt --passes all" in capsys.readouterr().out
+    for command in ("compile", "inspect", "verify", "passes"):
+        for flag in ("-h", "--help"):
+            assert run([command, flag]) == 0
+            assert f"Examples:\n    rgc {command}" in capsys.readouterr().out
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"rgc {rgc.__version__}\n"
+
+
+def test_the_example_is_the_model_s_own_or_the_size_that_its_library_names() -> None:
+    assert example_for(reducenet20(), ()).tensors[0].shape == (1, 3, 32, 32)
+    torchvision = pytest.importorskip("torchvision")
+    assert example_for(torchvision.models.resnet18(), ()).tensors[0].shape == (1, 3, 224, 224)
+    with torch.device("meta"):
+        inception = torchvision.models.inception_v3(init_weights=False)
+    assert example_for(inception, ()).tensors[0].shape == (1, 3, 299, 299)
+    with pytest.raises(InputError, match="cannot tell what VideoResNet takes"), torch.device("meta"):
+        example_for(torchvision.models.video.r3d_18(), ())
+    timm_like = small_model()
+    timm_like.pretrained_cfg = {"input_size": (3, 64, 48)}
+    assert example_for(timm_like, ()).tensors[0].shape == (1, 3, 64, 48)
+
+
+def test_inputs_come_by_position_and_by_name_with_integers_inside_the_vocabulary() -> None:
+    specs = [InputSpec.parse(text) for text in ("2x16:int64", "mask=2x16:bool", "1x3")]
+    example = example_for(nn.Embedding(3, 4), specs)
+    tokens, plain = example.args
+    assert tokens.dtype is torch.int64 and set(tokens.unique().tolist()) == {0, 1, 2}
+    assert plain.shape == (1, 3) and plain.dtype is torch.float32
+    assert example.kwargs["mask"].dtype is torch.bool
+    again = example_for(nn.Embedding(3, 4), specs)
+    assert torch.equal(plain, again.args[1])
+
+
+def test_the_format_follows_the_output_and_the_default_name_the_format() -> None:
+    assert Destination.of("model.pt", "x.onnx", None, None).format == "onnx"
+    assert Destination.of("model.pt", "x/", None, None).format == "python"
+    assert Destination.of("model.pt", "x", "python", None).artifact == Path("x")
+    assert Destination.of("model.pt", None, "onnx", None).artifact == Path("model.fused.onnx")
+    assert default_output("a/b.model.pth", "python") == Path("a/b.model.fused")
+
+
+def test_an_error_is_one_line_that_cannot_steer_the_terminal() -> None:
+    assert one_line("a\nb\t\x1b]0;c\x07") == "a b \\x1b]0;c\\x07"
+
+
+def test_patterns_are_shown_as_they_are_written() -> None:
+    x, a, b = Hole("x"), Hole("a"), Hole("b")
+    assert pattern_text(a(x) - (b(x) + x)) == "a(x) - (b(x) + x)"
+    assert pattern_text(a(x, b(x)) * (x + x)) == "a(x, b(x)) * (x + x)"
+
+
+def test_progress_is_silent_away_from_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("compiling"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_shows_on_a_terminal_once_it_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("compiling"):
+        pass
+    assert "compiling" not in capsys.readouterr().err
+    monkeypatch.setattr("rgc.cli_output._PATIENCE", 0.0)
+    shown = ""
+    with progress("compiling"):
+        for _ in range(100):  # five seconds at most for the first frame
+            shown += capsys.readouterr().err
+            if "compiling" in shown:
+                break
+            time.sleep(0.05)
+    assert "compiling" in shown
+
+
+@pytest.mark.parametrize("start", [["-m", "rgc"], ["-c", "from rgc.cli import main; main()"]])
+def test_the_console_script_exits_with_the_status(folder: Path, start: list[str]) -> None:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, *start, "compile", "model.pt", "--input", "1x3xq"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "rgc: --input 1x3xq: is no shape; write 1x3x224x224, name=1x16 or 1x16:int64\n"
