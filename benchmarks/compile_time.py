@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 import torchvision
-from rgc.testing import randomize
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
@@ -22,6 +21,7 @@ from torch import nn
 
 import rgc
 from rgc import models
+from rgc.testing import randomize
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (lambda: torchvision.models.resnet18(weights=None), (1, 3, 224, 224)),

@@ -21,9 +21,13 @@ LARGEST_MATRIX = 2**24
 CHUNK = 2**22
 
 
+#: Calls that only look at the same memory in another way.
+VIEWS = frozenset({"flatten", "unflatten", "Flatten", "Unflatten", "reshape", "view", "squeeze", "unsqueeze"})
+
+
 def has_several_layers(region: Region) -> bool:
     """Is there more than one layer to save?"""
-    return sum(not isinstance(value.op, Flatten | Unflatten) for value in region.values) > 1
+    return sum(value.op.label not in VIEWS for value in region.values) > 1
 
 
 @rewrite(lambda x, region: region(x))
@@ -40,7 +44,9 @@ def collapse(x: Value, region: Annotated[Region, has_several_layers]) -> Value:
     offset = region.evaluate(torch.zeros(1, *entering, dtype=torch.float64)).reshape(-1)
     spatial = len(entering) - 1
     if spatial > 0 and len(leaving) == len(entering) and set(leaving[1:]) == {1}:
-        kernel = Deferred((outputs, *entering), lambda: _matrix(region, offset, entering, leaving).reshape(-1, *entering))
+        kernel = Deferred(
+            (outputs, *entering), lambda: _matrix(region, offset, entering, leaving).reshape(-1, *entering)
+        )
         return Conv(kernel, offset, size=entering[1:])(x)
     flat = x if len(entering) == 1 else Flatten(entering)(x)
     y = Conv(Deferred((outputs, inputs), lambda: _matrix(region, offset, entering, leaving)), offset)(flat)
@@ -55,7 +61,9 @@ def _require_independent_samples(region: Region, entering: tuple[int, ...]) -> N
         alone = torch.cat([region.evaluate(x[index : index + 1]) for index in range(3)])
     except RuntimeError as error:
         raise Refusal(f"the region does not run on every batch size: {str(error).splitlines()[0]}") from error
-    same = together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-9, atol=1e-9 * float(alone.abs().max()))
+    same = together.shape == alone.shape and torch.allclose(
+        together, alone, rtol=1e-9, atol=1e-9 * float(alone.abs().max())
+    )
     require(same, "the region mixes the samples of a batch")
 
 

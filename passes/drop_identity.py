@@ -42,6 +42,8 @@ def dropout_between_convolutions() -> nn.Module:
 
 
 class _Gated(nn.Module):
+    gate: Tensor
+
     def __init__(self, gate: float) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)

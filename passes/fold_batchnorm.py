@@ -66,6 +66,6 @@ def batch_norm_before_a_padded_convolution() -> nn.Module:
     return nn.Sequential(bn, nn.Conv2d(3, 4, 3, padding=1)).eval()
 
 
-@fold_batchnorm.leaves_alone(shape=(2, 5, 7), because="other axes")
+@fold_batchnorm.leaves_alone(shape=(2, 5, 7), because="different axes")
 def linear_layer_whose_batch_norm_is_over_tokens() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(5)).eval()

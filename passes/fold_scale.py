@@ -1,4 +1,4 @@
-"""A constant factor or offset next to a linear operator is part of it: c (Wx + b) + d = (cW)x + (cb + d), W(cx) = (Wc)x."""
+"""A constant factor or offset beside a linear operator is part of it: c(Wx + b) + d = (cW)x + cb + d, W(cx) = (Wc)x."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class _Normalise(nn.Module):
         return (x / 255 - 0.5) / 0.25
 
 
+class _Centre(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5
+
+
 @fold_scale.fires_on(shape=(2, 3, 8, 8))
 def layer_scale() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), _LayerScale(4)).eval()
@@ -50,4 +55,4 @@ def input_normalisation_before_an_unpadded_stem() -> nn.Module:
 
 @fold_scale.leaves_alone(shape=(2, 3, 8, 8), because="bias map")
 def input_normalisation_before_a_padded_stem() -> nn.Module:
-    return nn.Sequential(_Normalise(), nn.Conv2d(3, 4, 3, padding=1)).eval()
+    return nn.Sequential(_Centre(), nn.Conv2d(3, 4, 3, padding=1)).eval()

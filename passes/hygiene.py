@@ -11,7 +11,7 @@ from rgc import Activation, Conv, Graph, Operator, Scale, Structural, Value, gra
 
 @graph_pass
 def hygiene(graph: Graph) -> Graph:
-    """Common subexpressions are computed once."""
+    """Equal operators on equal inputs are computed once, as one operator."""
     seen: dict[Hashable, Value] = {}
     for value in graph.nodes():
         if value not in graph or not value.inputs:

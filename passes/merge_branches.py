@@ -53,13 +53,9 @@ def pointwise_then_average_pooling_beside_a_convolution() -> nn.Module:
 
 @merge_branches.fires_on(shape=(2, 4, 9, 8))
 def strided_branches_of_different_groups() -> nn.Module:
-    return _Branches(
-        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 8, 1, stride=2, groups=4)
-    ).eval()
+    return _Branches(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 8, 1, stride=2, groups=4)).eval()
 
 
 @merge_branches.leaves_alone(shape=(2, 4, 9, 9), because="padding modes differ")
 def branches_that_pad_differently() -> nn.Module:
-    return _Branches(
-        nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
-    ).eval()
+    return _Branches(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")).eval()

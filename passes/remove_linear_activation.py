@@ -1,4 +1,4 @@
-"""An activation that has decayed to the identity is the identity: (1 - l) act(x) + l x = x at l = 1, slope 1, PReLU of ones."""
+"""An activation that has decayed is the identity: (1 - l) act(x) + l x = x at l = 1, slope 1, PReLU of ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def prelu_of_halves() -> nn.Module:
 
 
 class _OverwritingBlend(nn.Module):
-    """The known trap: the in-place ReLU overwrites what the other half of the blend reads, so it is relu(x) for every s."""
+    """The known trap: the in-place ReLU overwrites what the other half reads, so this is relu(x) for every s."""
+
+    s: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +85,8 @@ class _OverwritingBlend(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv(x)
-        return self.s * F.relu(out, inplace=True) + (1 - self.s) * out
+        blend: Tensor = self.s * F.relu(out, inplace=True) + (1 - self.s) * out
+        return blend
 
 
 @remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="")

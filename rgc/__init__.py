@@ -6,7 +6,7 @@
 Counter({'Conv2d': 1})
 """
 
-from rgc import nn
+from rgc import nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
@@ -38,5 +38,5 @@ __all__ = [
     "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply", "NotEquivalentError",
     "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale",
     "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add", "border", "compile",
-    "compose", "graph_pass", "load", "nn", "require", "rewrite", "save", "unit", "verify",
+    "compose", "graph_pass", "load", "nn", "require", "rewrite", "save", "testing", "unit", "verify",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rgc.compiler import floating_dtype
+from rgc.compiler import device_of, floating_dtype
 from rgc.errors import InputError, NotEquivalentError
 from rgc.frontend import Example
 from rgc.onnx_artifact import OnnxModel
@@ -38,31 +38,26 @@ def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level
     Drawn batches that the artifact refuses to take are left out: it is then not wrong, but made for one batch size.
     Raises `InputError` where one of the two cannot run the example; a difference is returned, not raised.
     """
-    dtype = _dtype_of(artifact, original, example)
-    precise = _in_float64(original, example)
-    deployed = copy.deepcopy(original).to(dtype)
-    reference = _flat(precise or deployed)
-    example = example if precise else example.cast(dtype)
+    example = example.to(torch.device("cpu"))
+    dtype, device = _dtype_of(artifact, original, example), device_of(artifact)
+    reference, precision = _reference(original, example)
     try:
-        found = example.cast(dtype).run(_flat(artifact))
+        found = example.cast(dtype).to(device).run(_flat(artifact))
     except _REFUSALS as error:
         raise InputError(f"the artifact does not take {_describe(example)}: {_first(error)}") from error
-    expected = example.cast(torch.float64 if precise else dtype).run(reference)
+    expected = example.cast(precision).run(_flat(reference))
     if _sizes(found) != _sizes(expected):
         return _different(level, f"returns {_sizes(found)} where the original returns {_sizes(expected)}")
     accepted = {_shapes(example): True}
 
-    def within_reach(*args: Any, **kwargs: Any) -> list[Any]:
-        drawn = Example(args, kwargs)
+    def accepts(drawn: Example) -> bool:
         if _shapes(drawn) not in accepted:
-            accepted[_shapes(drawn)] = _takes(artifact, drawn.cast(dtype))
-        if not accepted[_shapes(drawn)]:
-            raise ValueError("the artifact does not take this batch")  # `Pair` leaves such inputs out
-        return reference(*args, **kwargs)
+            accepted[_shapes(drawn)] = _takes(artifact, drawn.cast(dtype).to(device))
+        return accepted[_shapes(drawn)]
 
-    pair = Pair(_flat(deployed), _flat(artifact), within_reach, None, dtype)
-    if precise is None:
-        pair = Pair(within_reach, _flat(artifact), None, None, dtype)
+    deployed = _flat(copy.deepcopy(original).to(device, dtype))
+    precise = _flat(reference) if precision == torch.float64 else None
+    pair = Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
     try:
         return pair.check(example, level=level, free_sizes=False)
     except NotEquivalentError as error:
@@ -82,17 +77,19 @@ def _dtype_of(artifact: nn.Module, original: nn.Module, example: Example) -> tor
     return found[0] if found else floating_dtype(original, example)
 
 
-def _in_float64(original: nn.Module, example: Example) -> nn.Module | None:
-    """The original in float64, or None if it runs in its own dtype only."""
-    precise = copy.deepcopy(original).double().requires_grad_(False)
+def _reference(original: nn.Module, example: Example) -> tuple[nn.Module, torch.dtype]:
+    """The original on the CPU, in float64 or, if it runs in its own dtype only, in that."""
+    own = floating_dtype(original, example)
+    precise = copy.deepcopy(original).cpu().double().requires_grad_(False)
     try:
         example.cast(torch.float64).run(precise)
-        return precise
+        return precise, torch.float64
     except (RuntimeError, TypeError):
         pass  # it may have a dtype written into it; the next run tells that from an input that it does not take
+    plain = copy.deepcopy(original).cpu().requires_grad_(False)
     try:
-        example.cast(floating_dtype(original, example)).run(original)
-        return None
+        example.cast(own).run(plain)
+        return plain, own
     except Exception as error:
         raise InputError(f"{type(original).__name__} does not run on {_describe(example)}: {_first(error)}") from error
 

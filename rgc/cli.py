@@ -187,7 +187,7 @@ def compile_command(
             dtype=None if dtype is None else getattr(torch, dtype), verify=level, strict=strict,
         )  # fmt: skip
     with progress(f"writing {destination.artifact}"):
-        written = write(compiled, original, destination, model)
+        written = write(compiled, destination, model)
     out = console()
     out.print(compiled.report)
     print_written(out, written)

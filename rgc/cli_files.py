@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rgc.artifact import Artifact, choose_format, load, save
-from rgc.artifact_check import compare
+from rgc.artifact import Artifact, choose_format, load
 from rgc.cli_options import Destination
 from rgc.compiler import CompiledModule
-from rgc.errors import InputError, NotEquivalentError
+from rgc.errors import InputError
 from rgc.loading import load_model
 from rgc.pt2_inspection import reason_to_distrust
+from rgc.saving import save
 
 
 def load_original(source: str, arch: str | None, trust: bool) -> nn.Module:
@@ -37,46 +37,21 @@ def load_artifact(artifact: str, trust: bool) -> nn.Module:
     return load(path, trust=trust, format=kind)
 
 
-def write(compiled: CompiledModule, original: nn.Module, destination: Destination, source: str) -> Artifact:
-    """Artifact and report, or neither. What the artifact's file gives back is held against the original first.
-
-    ``source`` is where the original came from, which is never overwritten.
-    """
+def write(compiled: CompiledModule, destination: Destination, source: str) -> Artifact:
+    """Artifact and report, or neither; ``source``, where the model came from, is never overwritten."""
+    protect = () if source.startswith("zoo:") else (source,)
     report = destination.report
     if report is None:
-        return _save(compiled, original, destination, source)
+        return save(compiled, destination.artifact, format=destination.format, protect=protect)
     try:
         with tempfile.TemporaryDirectory(prefix=".rgc-", dir=report.absolute().parent) as workshop:
             draft = Path(workshop) / report.name
             draft.write_text(compiled.report.to_json() + "\n")
-            written = _save(compiled, original, destination, source)
+            written = save(compiled, destination.artifact, format=destination.format, protect=protect)
             os.replace(draft, report)
     except OSError as error:
         raise InputError(f"cannot write {report}: {error.strerror or error}") from error
     return written
-
-
-def _save(compiled: CompiledModule, original: nn.Module, destination: Destination, source: str) -> Artifact:
-    path = destination.artifact
-
-    def check(loaded: nn.Module) -> None:
-        try:
-            found = compare(original, loaded, compiled.example)
-        except InputError as error:
-            raise NotEquivalentError(f"{path}: the written file does not run: {error}; nothing is kept") from error
-        if not found.equal:
-            raise NotEquivalentError(f"{path}: the written file {found.reason}; nothing is kept")
-
-    return save(
-        compiled,
-        path,
-        format=destination.format,
-        example_args=compiled.example.args,
-        example_kwargs=compiled.example.kwargs,
-        free_sizes=not compiled.report.fixed_size,
-        protect=() if source.startswith("zoo:") else (source,),
-        check=check,
-    )
 
 
 def _reason_to_distrust(path: Path, kind: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +27,8 @@ _PATIENCE = 1.0
 
 
 def console() -> Console:
-    """Where results go: in colour on a terminal, plain elsewhere, as wide as either."""
-    return Console(highlight=False)
+    """Where results go: styled on a terminal, plain elsewhere and under NO_COLOR (where rich keeps bold)."""
+    return Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def one_line(message: object) -> str:
@@ -52,7 +53,7 @@ def progress(doing: str) -> Iterator[None]:
     if not errors.is_terminal:
         yield
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     bar = Progress(*columns, console=errors, transient=True)
     bar.add_task(one_line(doing), total=None)
     timer = threading.Timer(_PATIENCE, bar.start)

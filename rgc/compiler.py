@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
-from rgc.cost import OBJECTIVES, Objective, macs, parameters, target_named
+from rgc.cost import OBJECTIVES, Objective, macs, target_named
 from rgc.emit import emit, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
-from rgc.frontend import Capture, Example, capture, output_difference
+from rgc.example import Example, copy_model, output_difference, precisely, unchanged_generators
+from rgc.frontend import TIERS, Capture, capture
 from rgc.ir import Graph
 from rgc.passbook import resolve
 from rgc.proof import TOLERANCE
@@ -45,10 +47,18 @@ class CompiledModule(fx.GraphModule):
         compiled.report, compiled.plan, compiled.example = report, plan, example
         return compiled.eval()
 
+    def __reduce__(self) -> Any:
+        rebuild, arguments = super().__reduce__()[:2]
+        return _restored, (rebuild, arguments, self.report, self.plan, self.example)
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> CompiledModule:
         copied = cast(CompiledModule, super().__deepcopy__(memo or {}))
         copied.report, copied.plan, copied.example = self.report, self.plan, self.example
         return copied
+
+
+def _restored(rebuild: Any, arguments: tuple[Any, ...], report: Report, plan: Plan, example: Example) -> CompiledModule:
+    return CompiledModule.of(rebuild(*arguments), report, plan, example)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Plan:
 
         Raises `InputError` where the weights do not fit, `NotEquivalentError` where a decision no longer holds.
         """
-        model = copy.deepcopy(self.source)
+        model = copy_model(self.source)
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
@@ -126,6 +136,8 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"rgc compiles a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("a TorchScript module cannot be traced; compile the eager model that it was made from")
     if objective not in OBJECTIVES:
         raise InputError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     options = Options(passes, objective, target, dtype, require_level(verify), strict)
@@ -218,17 +230,13 @@ def compile_with(model: nn.Module, example: Example, options: Options) -> Compil
     own_dtype = floating_dtype(model, example)
     dtype = options.dtype or own_dtype
     example = example.cast(own_dtype)
-    subject = _Subject.of(model, example, own_dtype)
-    captured = capture(
-        subject.proof_model, subject.proof_example, subject.expected, dtype,
-        fixed=fixed, tolerance=subject.tolerance,
-        compile_child=lambda child, call: _child(child, call, passes, fixed, dtype, options),
-    )  # fmt: skip
     policy = Policy(options.objective, target)
-    attempt = _prove(subject, captured, passes, policy, dtype, options)
-    report = _report(model, example, captured, attempt, options, passes, started)
-    sources = {id(p): p for p in model.parameters()}
-    plan = Plan(copy.deepcopy(model, sources), example, options, tuple((f.rewrite, f.where) for f in report.rewrites))
+    with unchanged_generators():
+        subject = _Subject.of(model, example, own_dtype)
+        captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
+    report = _report(subject, captured, attempt, children, options, passes, started)
+    decisions = tuple((firing.rewrite, firing.where) for firing in attempt.record.firings)
+    plan = Plan(copy_model(model, share_parameters=True), example, options, decisions)
     return CompiledModule.of(attempt.module, report, plan, example.cast(dtype))
 
 
@@ -249,20 +257,70 @@ class _Subject:
     def of(model: nn.Module, example: Example, dtype: torch.dtype) -> _Subject:
         device = device_of(model)
         on_cpu = example.to(torch.device("cpu"))
-        precise = copy.deepcopy(model).cpu().double().requires_grad_(False)
         try:
-            expected = on_cpu.cast(torch.float64).run(precise)
+            precise = copy_model(model, dtype=torch.float64).cpu().requires_grad_(False)
+            expected = on_cpu.cast(torch.float64).run(copy_model(precise, share_parameters=True))
             return _Subject(model, device, precise, on_cpu.cast(torch.float64), expected, True, TOLERANCE, ())
-        except (RuntimeError, TypeError) as error:
-            note = f"the model does not run in float64 ({str(error).splitlines()[0][:120]}); proved in {dtype} instead"
-        plain = copy.deepcopy(model).cpu().requires_grad_(False)
+        # Forward is the user's own and may raise anything; what remains wrong is raised below, in the own dtype.
+        except Exception as error:
+            name = str(dtype).removeprefix("torch.")
+            note = f"the model does not run in float64 ({_first_line(error)}); proved in {name} instead"
         try:
-            expected = on_cpu.run(plain)
+            plain = copy_model(model).cpu().requires_grad_(False)
+            expected = on_cpu.run(copy_model(plain, share_parameters=True))
         except Exception as error:
             shapes = ", ".join("x".join(map(str, t.shape)) for t in example.tensors)
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{type(model).__name__} does not run on an input of {shapes}: {first}") from error
+            raise InputError(
+                f"{type(model).__name__} does not run on an input of {shapes}: {_first_line(error)}"
+            ) from error
         return _Subject(model, device, plain, on_cpu, expected, False, 256 * torch.finfo(dtype).eps, (note,))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A part that was compiled in place of a model that cannot be traced as a whole."""
+
+    before: Graph
+    after: Graph
+    record: Record
+
+
+def _captured_and_proved(
+    subject: _Subject, passes: Sequence[Pass], fixed: bool, policy: Policy, dtype: torch.dtype, options: Options
+) -> tuple[Capture, _Attempt, dict[str, _Child]]:
+    """The first tier whose result is equal; the last keeps the model as it is."""
+    children: dict[str, _Child] = {}
+    tiers: Sequence[str] = TIERS
+    notes: tuple[str, ...] = ()
+
+    def compile_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
+        if not tiers:
+            raise NotEquivalentError("no part may be compiled")
+        children[path], module = _child(child, call, passes, fixed, policy, dtype, subject.tolerance)
+        return module, not _holds_at_any_size(children[path].after)
+
+    while True:
+        captured = capture(
+            subject.proof_model, subject.proof_example, subject.expected, dtype,
+            fixed=fixed, compile_child=compile_child, tolerance=subject.tolerance, tiers=tiers,
+        )  # fmt: skip
+        captured = replace(captured, notes=notes + captured.notes)
+        try:
+            attempt = _prove(subject, captured, passes, policy, dtype, options)
+            return captured, attempt, {path: children[path] for path in captured.compiled}
+        except NotEquivalentError as error:
+            if options.strict or not tiers:
+                raise
+            notes = (*captured.notes, f"{captured.tier}: {error}")
+            tiers = TIERS[TIERS.index(captured.tier) + 1 :]
+
+
+def _holds_at_any_size(graph: Graph) -> bool:
+    return all(value.op.any_size for value in graph.nodes())
 
 
 @dataclass(frozen=True)
@@ -303,10 +361,14 @@ def _attempt(
 ) -> _Attempt:
     graph, record = _rewritten(subject, captured, passes, policy)
     module = emit(graph, dtype).to(subject.device)
+    if _is_channels_last(subject.model):
+        module = module.to(memory_format=torch.channels_last)
     precise = emit(graph, torch.float64) if subject.in_float64 else None
-    reference = subject.proof_model if subject.in_float64 else None
-    pair = Pair(_in_dtype(subject.model, dtype), module, reference, precise, dtype, subject.device)
-    free = all(value.op.any_size for value in graph.nodes()) and not captured.fixed_size
+    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
+    reference = copy_model(subject.proof_model, share_parameters=True) if subject.in_float64 else None
+    original, result = copy_model(subject.model, dtype=dtype), copy_model(module, share_parameters=True)
+    pair = Pair(original, result, reference, precise, dtype, subject.device)
+    free = _holds_at_any_size(graph) and not captured.fixed_size
     example = subject.proof_example
     verification = pair.check(example, level=options.verify, free_sizes=free, expected=subject.expected)
     return _Attempt(graph, record, module, verification)
@@ -316,8 +378,9 @@ def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], pol
     named = subject.proof_example.bind(subject.proof_model)
 
     def same(graph: Graph) -> float:
-        given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in named.items()}
-        error = output_difference(subject.expected, graph.evaluate(given))
+        given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, named)
+        with precisely(given):
+            error = output_difference(subject.expected, graph.evaluate(given))
         if not error <= subject.tolerance:
             raise NotEquivalentError(f"the model differs by {error:.1e} of its scale")
         return error
@@ -326,7 +389,7 @@ def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], pol
 
 
 def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> Firing | None:
-    """The first firing after which the model is wrong in float64, by bisection; None if all of them together are right."""
+    """The first firing after which the model is wrong in float64, by bisection; None if it is right after all."""
 
     def error_after(count: int) -> tuple[float, list[Firing]]:
         graph, record = _rewritten(subject, captured, passes, replace(policy, limit=count))
@@ -344,61 +407,81 @@ def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], polic
 
 
 def _child(
-    child: nn.Module, call: Example, passes: Sequence[Pass], fixed: bool, dtype: torch.dtype, options: Options
-) -> nn.Module:
+    child: nn.Module, call: Example, passes: Sequence[Pass], fixed: bool, policy: Policy, dtype: torch.dtype,
+    tolerance: float,
+) -> tuple[_Child, nn.Module]:  # fmt: skip
     """A traceable part of a model that is not traceable as a whole, compiled in the dtype of the proof."""
-    expected = call.run(child)
-    captured = capture(child, call, expected, dtype, fixed=fixed, compile_child=_no_child)
+
+    def difference(found: Any) -> float:
+        error = output_difference(expected, found)
+        if not error <= tolerance:
+            raise NotEquivalentError(f"the part differs by {error:.1e} of its scale")
+        return error
+
+    def same(graph: Graph) -> float:
+        with precisely(call.tensors):
+            return difference(graph.evaluate(call.cloned().bind(child)))
+
+    expected = call.run(copy_model(child, share_parameters=True))
+    captured = capture(
+        child, call, expected, dtype, fixed=fixed, compile_child=_no_child, tolerance=tolerance, tiers=TIERS[:1]
+    )
     if captured.tier == "submodules":
         raise NotEquivalentError("no tier traces this part")
-    graph, _ = apply(captured.graph, passes, Policy(options.objective, target_named(options.target)))
+    graph, record = apply(copy_graph(captured.graph), passes, policy, same)
     module = emit(graph, None)
-    error = output_difference(expected, call.run(module))
-    if not error <= TOLERANCE:
-        raise NotEquivalentError(f"differs by {error:.1e}")
-    return module
+    difference(call.run(module))
+    return _Child(captured.graph, graph, record), module
 
 
-def _no_child(child: nn.Module, call: Example) -> nn.Module:
+def _no_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
     raise NotEquivalentError("not traced as a whole")
 
 
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    if all(t.dtype == dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()):
-        return model
-    return copy.deepcopy(model).to(dtype)
+def _is_channels_last(model: nn.Module) -> bool:
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
 
 
 def _report(
-    model: nn.Module, example: Example, captured: Capture, attempt: _Attempt, options: Options,
+    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], options: Options,
     passes: Sequence[Pass], started: float,
 ) -> Report:  # fmt: skip
-    before, after = captured.graph, attempt.graph
-    fixed = captured.fixed_size or not all(value.op.any_size for value in after.nodes())
+    before = [captured.graph, *(child.before for child in children.values())]
+    after = [attempt.graph, *(child.after for child in children.values())]
+    record = Record(list(attempt.record.firings), list(attempt.failures))
+    refusals = attempt.record.refused(attempt.graph)
+    for path, child in children.items():
+        record.firings += [replace(each, where=f"{path}.{each.where}") for each in child.record.firings]
+        record.failures += [replace(each, where=f"{path}.{each.where}") for each in child.record.failures]
+        refusals += [replace(each, where=f"{path}.{each.where}") for each in child.record.refused(child.after)]
     return Report(
-        model=type(model).__name__,
+        model=type(subject.model).__name__,
         passes=tuple(each.name for each in passes),
         objective=options.objective,
         target=options.target or "cpu",
         tier=captured.tier,
-        input_shapes=tuple(tuple(tensor.shape) for tensor in example.tensors),
-        rewrites=attempt.record.firings,
-        refusals=attempt.record.refused(after),
-        failures=list(attempt.failures),
-        ops_before=operator_counts(before),
-        ops_after=operator_counts(after),
-        params_before=_distinct_parameters(before),
-        params_after=_distinct_parameters(after),
-        macs_before=sum(macs(value) for value in before.nodes()),
-        macs_after=sum(macs(value) for value in after.nodes()),
-        fixed_size=fixed,
+        input_shapes=tuple(tuple(tensor.shape) for tensor in subject.proof_example.tensors),
+        rewrites=record.firings,
+        refusals=refusals,
+        failures=record.failures,
+        ops_before=sum(map(operator_counts, before), Counter()),
+        ops_after=sum(map(operator_counts, after), Counter()),
+        params_before=_elements(subject.model),
+        params_after=_elements(attempt.module),
+        macs_before=sum(macs(value) for graph in before for value in graph.nodes()),
+        macs_after=sum(macs(value) for graph in after for value in graph.nodes()),
+        fixed_size=captured.fixed_size or not _holds_at_any_size(attempt.graph),
         verification=attempt.verification,
-        notes=list(captured.notes),
+        notes=[*subject.notes, *captured.notes],
         seconds=time.perf_counter() - started,
     )
 
 
-def _distinct_parameters(graph: Graph) -> int:
-    """Parameters, those that several layers share counted once."""
-    seen = {id(value.op): parameters(value) for value in graph.nodes()}
-    return sum(seen.values())
+def _elements(model: nn.Module) -> int:
+    """Elements of the parameters, and of floating-point constants that are no statistics of a batch norm."""
+    constants = [
+        buffer for path, buffer in model.named_buffers()
+        if buffer.is_floating_point() and not path.endswith(("running_mean", "running_var"))
+    ]  # fmt: skip
+    return sum(tensor.numel() for tensor in [*model.parameters(), *constants])

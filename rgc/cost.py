@@ -22,7 +22,7 @@ OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
 
 @dataclass(frozen=True)
 class Target:
-    """A machine: peak multiply-accumulate rate [FLOP/s], bandwidth [byte/s], time per call [s], efficiency by kernel."""
+    """A machine: peak arithmetic rate [FLOP/s], bandwidth [byte/s], time per call [s], efficiency by kernel."""
 
     name: str
     peak: float

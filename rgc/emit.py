@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv, Scale, ungrouped
 from rgc.errors import GraphError
+from rgc.example import copy_model
 from rgc.ir import Graph, Input, Operator, Value
 from rgc.operators import (
     Activation,
@@ -76,8 +78,10 @@ class _Emitter:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.nodes: dict[Value, fx.Node] = {}
-        self.modules: dict[int, str] = {}  # operator id -> path, so that shared modules stay shared
+        self.modules: dict[int, str] = {}  # id of an operator or module -> path, so that what is shared stays shared
+        self.parameters: dict[Any, tuple[Tensor, nn.Parameter]] = {}  # by the memory they came from, kept alive
         self.names: set[str] = set()
+        self.containers: set[str] = set()
 
     def run(self) -> fx.GraphModule:
         order = self.source.nodes()
@@ -85,7 +89,7 @@ class _Emitter:
         for value in order:
             if not isinstance(value.op, Input):
                 self.nodes[value] = self._emit(value)
-        self.graph.output(tree_map(self._node_of, self.source.outputs, is_leaf=_is_value))
+        self.graph.output(self._structure(tree_map(self._node_of, self.source.outputs, is_leaf=_is_value)))
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph)
         return module.eval().requires_grad_(False)
@@ -93,9 +97,13 @@ class _Emitter:
     # --- inputs --------------------------------------------------------------------------------------------------
 
     def _inputs(self, order: list[Value]) -> None:
+        default: tuple[Any, ...] = ()
         for value in self.source.inputs:
             assert isinstance(value.op, Input)
-            default = () if value.op.default is inspect.Parameter.empty else (value.op.default,)
+            if value.op.default is not inspect.Parameter.empty:
+                default = (value.op.default,)
+            elif default:
+                default = (None,)  # keyword-only in the model, where Python allows it behind one that has a default
             self.nodes[value] = self.graph.create_node("placeholder", value.op.name, default, name=value.op.name)
         if all(value.op.any_size for value in order):
             return
@@ -112,14 +120,23 @@ class _Emitter:
         message = f"this compiled model holds for inputs of size {wanted} (any batch); compile again for another size"
         self.graph.call_function(torch._assert, (same, message))
 
+    def _structure(self, output: Any) -> Any:
+        """The output as torch.fx can write it down; it knows no OrderedDict."""
+        if isinstance(output, OrderedDict):
+            items = [(key, self._structure(value)) for key, value in output.items()]
+            return self.graph.call_function(OrderedDict, (items,))
+        if isinstance(output, dict):
+            return {key: self._structure(value) for key, value in output.items()}
+        if type(output) in (list, tuple):
+            return type(output)(self._structure(value) for value in output)
+        return output
+
     # --- values --------------------------------------------------------------------------------------------------
 
     def _emit(self, value: Value) -> fx.Node:
-        op = (
-            value.op
-            if self.dtype is None or isinstance(value.op, Conv | Scale | BatchNorm)
-            else value.op.cast(self.dtype)
-        )
+        op = value.op
+        if self.dtype is not None and isinstance(op, Call) and not isinstance(op.target, nn.Module):
+            op = op.cast(self.dtype)
         inputs = [self.nodes[used] for used in value.inputs]
         match op:
             case Conv():
@@ -127,7 +144,7 @@ class _Emitter:
             case Scale():
                 return self._scale(value, op, inputs[0])
             case BatchNorm():
-                return self._module(value, lambda: _batch_norm(op, self._cast), inputs[0])
+                return self._module(value, lambda: _batch_norm(op, self._cast, self._parameter), inputs[0])
             case AvgPool():
                 return self._module(value, lambda: _avg_pool(op), inputs[0])
             case Activation():
@@ -161,7 +178,7 @@ class _Emitter:
         if any(before != after for before, after in plain.padding):
             x = self._module(value, lambda: _padding_layer(plain), x, suffix="pad")
             plain = replace(plain, padding=0, padding_mode="zeros")
-        node = self._module(value, lambda: _convolution(plain, self._cast), x)
+        node = self._module(value, lambda: _convolution(plain, self._parameter), x)
         if bias_map is None:
             return node
         return self._function(value, operator.add, node, self._constant(value, bias_map, "bias_map"))
@@ -182,7 +199,7 @@ class _Emitter:
         if make is None and op.name != "prelu":
             return self._function(value, getattr(F, op.name), x, **dict(op.options))
         overwrite = op.inplace and self._may_overwrite(value.inputs[0])
-        return self._module(value, lambda: _activation_layer(op, overwrite, self._cast), x)
+        return self._module(value, lambda: _activation_layer(op, overwrite, self._parameter), x, shared=not overwrite)
 
     def _may_overwrite(self, value: Value) -> bool:
         """Nobody else reads the value, and its memory is its own."""
@@ -199,7 +216,7 @@ class _Emitter:
             is_leaf=_is_node,
         )
         if isinstance(op.target, nn.Module):
-            path = self._place(value, op.target, value.op)
+            path = self.modules.get(id(op.target)) or self._place(value, self._copied(op.target), op.target)
             return self.graph.call_module(path, tuple(args), kwargs)
         if isinstance(op.target, str):
             return self.graph.call_method(op.target, tuple(args), kwargs)
@@ -210,19 +227,26 @@ class _Emitter:
     def _function(self, value: Value, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(function, args, kwargs)
 
-    def _module(self, value: Value, make: Any, x: fx.Node, suffix: str = "") -> fx.Node:
-        known = None if suffix else self.modules.get(id(value.op))
-        return self.graph.call_module(known or self._place(value, make(), None if suffix else value.op, suffix), (x,))
+    def _module(self, value: Value, make: Any, x: fx.Node, suffix: str = "", shared: bool = True) -> fx.Node:
+        shared = shared and not suffix
+        known = self.modules.get(id(value.op)) if shared else None
+        path = known or self._place(value, make(), value.op if shared else None, suffix)
+        return self.graph.call_module(path, (x,))
 
-    def _place(self, value: Value, module: nn.Module, op: Operator | None, suffix: str = "") -> str:
-        known = self.modules.get(id(op)) if op is not None else None
-        if known is not None:
-            return known
+    def _place(self, value: Value, module: nn.Module, of: Operator | nn.Module | None, suffix: str = "") -> str:
         path = self._free_name(value, suffix)
         self._parent(path).add_module(path.rpartition(".")[2], module)
-        if op is not None:
-            self.modules[id(op)] = path
+        if of is not None:
+            self.modules[id(of)] = path
         return path
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        """A module that rgc does not look into, in the dtype of the result; it shares its parameters as it did."""
+        copied = copy_model(module, dtype=self.dtype)
+        for path, parameter in module.named_parameters(remove_duplicate=False):
+            parent, _, name = path.rpartition(".")
+            setattr(copied.get_submodule(parent), name, self._parameter(parameter))
+        return copied
 
     def _constant(self, value: Value, tensor: Tensor, suffix: str = "constant") -> fx.Node:
         path = self._free_name(value, suffix)
@@ -232,18 +256,19 @@ class _Emitter:
     def _free_name(self, value: Value, suffix: str) -> str:
         """The user's name for the value, with a number where another layer has it already."""
         wanted = (value.origin.paths[0] if value.origin.paths else value.name) or value.op.label.split()[0]
-        wanted = ".".join(part for part in wanted.split(".") if part) + (f"_{suffix}" if suffix else "")
+        parts = [part + "_" * _is_reserved(part) for part in wanted.split(".") if part]
+        wanted = ".".join(parts) + (f"_{suffix}" if suffix else "")
         name, number = wanted, 1
         while self._is_taken(name):
             name, number = f"{wanted}_{number}", number + 1
         self.names.add(name)
+        parts = name.split(".")
+        self.containers.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
         return name
 
     def _is_taken(self, name: str) -> bool:
         """A name is free if it is no layer, no container, and lies in no layer."""
-        if name in self.names or hasattr(nn.Module, name.split(".")[0]):
-            return True
-        if any(taken.startswith(f"{name}.") for taken in self.names):
+        if name in self.names or name in self.containers:
             return True
         parts = name.split(".")
         return any(".".join(parts[:depth]) in self.names for depth in range(1, len(parts)))
@@ -260,6 +285,14 @@ class _Emitter:
         dtype = tensor.dtype if self.dtype is None or not tensor.is_floating_point() else self.dtype
         return tensor.detach().to(dtype, copy=True).contiguous()
 
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        """The parameter for a tensor: one and the same for layers that share their weights."""
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+        if key not in self.parameters:
+            made = nn.Parameter(self._cast(tensor), requires_grad=False)
+            self.parameters[key] = (tensor, made)
+        return self.parameters[key][1]
+
     def _node_of(self, leaf: Any) -> Any:
         return self.nodes[leaf] if isinstance(leaf, Value) else leaf
 
@@ -267,10 +300,10 @@ class _Emitter:
 # --- layers ------------------------------------------------------------------------------------------------------
 
 
-def _convolution(op: Conv, cast: Any) -> nn.Module:
+def _convolution(op: Conv, parameter: Any) -> nn.Module:
     if op.spatial == 0:
         op = ungrouped(op)
-        return _with_parameters(nn.Linear, (op.in_channels, op.out_channels), {"bias": op.bias is not None}, op, cast)
+        return _with_parameters(nn.Linear, (op.in_channels, op.out_channels), {"bias": op.bias is not None}, op, parameter)
     options: dict[str, Any] = {
         "kernel_size": op.kernel, "stride": op.stride, "padding": tuple(before for before, _ in op.padding),
         "dilation": op.dilation, "groups": op.groups, "bias": op.bias is not None, "padding_mode": op.padding_mode,
@@ -278,14 +311,14 @@ def _convolution(op: Conv, cast: Any) -> nn.Module:
     if op.transposed:
         options["output_padding"] = op.output_padding
     kind = (_TRANSPOSED if op.transposed else _PLAIN)[op.spatial]
-    return _with_parameters(kind, (op.in_channels, op.out_channels), options, op, cast)
+    return _with_parameters(kind, (op.in_channels, op.out_channels), options, op, parameter)
 
 
-def _with_parameters(kind: Any, args: tuple[int, int], options: dict[str, Any], op: Conv, cast: Any) -> nn.Module:
+def _with_parameters(kind: Any, args: tuple[int, int], options: dict[str, Any], op: Conv, parameter: Any) -> nn.Module:
     layer: nn.Module = kind(*args, **options, device="meta")  # no memory, no random initialisation
-    layer.register_parameter("weight", nn.Parameter(cast(op.weight), requires_grad=False))
+    layer.register_parameter("weight", parameter(op.weight))
     if op.bias is not None:
-        layer.register_parameter("bias", nn.Parameter(cast(op.bias), requires_grad=False))
+        layer.register_parameter("bias", parameter(op.bias))
     return layer
 
 
@@ -303,7 +336,7 @@ def _padding_layer(op: Conv) -> nn.Module:
     return layer
 
 
-def _batch_norm(op: BatchNorm, cast: Any) -> nn.Module:
+def _batch_norm(op: BatchNorm, cast: Any, parameter: Any) -> nn.Module:
     kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[op.axes]
     layer = kind(
         op.mean.numel(), eps=op.eps, affine=op.weight is not None or op.bias is not None,
@@ -316,7 +349,7 @@ def _batch_norm(op: BatchNorm, cast: Any) -> nn.Module:
     for name, tensor, neutral in (("weight", op.weight, 1.0), ("bias", op.bias, 0.0)):
         if layer.affine:
             filled = torch.full_like(op.mean, neutral) if tensor is None else tensor
-            layer.register_parameter(name, nn.Parameter(cast(filled), requires_grad=False))
+            layer.register_parameter(name, parameter(filled))
     return layer
 
 
@@ -329,10 +362,10 @@ def _avg_pool(op: AvgPool) -> nn.Module:
     return layer
 
 
-def _activation_layer(op: Activation, overwrite: bool, cast: Any) -> nn.Module:
+def _activation_layer(op: Activation, overwrite: bool, parameter: Any) -> nn.Module:
     if op.weight is not None:
         layer = nn.PReLU(op.weight.numel(), device="meta")
-        layer.register_parameter("weight", nn.Parameter(cast(op.weight), requires_grad=False))
+        layer.register_parameter("weight", parameter(op.weight))
         return layer
     options = dict(op.options)
     if overwrite and op.name in _HAVE_INPLACE:
@@ -354,7 +387,13 @@ _HAVE_INPLACE = frozenset({
 })  # fmt: skip
 _BOOKKEEPING = frozenset({
     "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "contiguous", "sym_size.int",
+    "len", "ge", "OrderedDict",
 })  # fmt: skip
+
+
+def _is_reserved(name: str) -> bool:
+    """Does Python, torch.fx or the compiled module itself use the name?"""
+    return keyword.iskeyword(name) or hasattr(fx.GraphModule, name) or name in {"example", "plan", "report"}
 
 
 def _is_value(leaf: Any) -> bool:

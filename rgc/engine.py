@@ -12,6 +12,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+
 from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv
@@ -73,7 +74,7 @@ class Record:
 def apply(
     graph: Graph, passes: Sequence[Pass], policy: Policy, same: Callable[[Graph], float] = lambda _: 0.0
 ) -> tuple[Graph, Record]:
-    """Run ``passes`` to their fixed point; ``same`` measures how far a graph is from the original (for graph passes)."""
+    """Run ``passes`` to their fixed point; ``same`` measures how far a graph pass has led from the original."""
     record = Record()
     allowance = MOST_FIRINGS_PER_NODE * (len(graph) + 10)
     while True:
@@ -177,10 +178,10 @@ class _Worklist:
 
     def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
         objective, target = self.policy.objective, self.policy.target
+        kept = next((value for value in match.interior if value not in dying), None)
         if objective == "params":  # those of an operator that other values share stay
             dying, added = self._freed(dying), list({id(value.op): value for value in added}.values())
         before, after = (cost(values, objective, target) for values in (dying, added))
-        kept = next((value for value in match.interior if value not in dying), None)
         if after < before or (kept is None and after <= before * (1 + 1e-9)):
             return
         require(kept is None, f"saves nothing: {kept.where if kept else ''} is also used elsewhere")

@@ -7,11 +7,12 @@ A name that the table does not know becomes `Opaque`, which nothing rewrites and
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class _Lifter:
         self.env: dict[fx.Node, Any] = {}  # a Value, or a plain constant
         self.real: dict[Value, Any] = {}  # what a live value is on the example
         self.bound: Counter[Value] = Counter()  # how many live nodes are bound to it
+        self.made: list[Value] = []  # by the node under way
         self.memory: dict[fx.Node, set[fx.Node]] = {}  # nodes that share a node's memory
         self.inputs: list[Value] = []
         self.effects: list[Value] = []
@@ -93,6 +95,7 @@ class _Lifter:
         result = op.evaluate(*(self.real[value] for value in inputs))
         value = Value(op, inputs, self._type(result), self._origin(), self.node.name if self.node else "")
         self.real[value] = result
+        self.made.append(value)
         return value
 
     def shape(self, value: Value) -> tuple[int, ...]:
@@ -124,10 +127,8 @@ class _Lifter:
         given = self.source.example.get(name, default)
         if given is inspect.Parameter.empty:
             raise TraceError(f"the example gives no value for the input {name!r}")
-        if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(given)[0]):
-            return given  # traced as a constant of this call
         value = Value(Input(name, default), (), self._type(given), Origin((), f"input {name}"), name)
-        self.real[value] = given
+        self.real[value] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
         self.inputs.append(value)
         return value
 
@@ -138,6 +139,9 @@ class _Lifter:
             target = self.source.root.get_submodule(str(node.target))
         name, inplace = _canonical(node.op, target, args, kwargs)
         values = _values_in((args, kwargs))
+        if _asks_for_rank(target, args) and isinstance(args[0], Value):
+            self._bind(node, self.real[args[0]].dim())  # the same at every size, so it holds no tensor back
+            return
         if target is operator.getitem and isinstance(args[0], tuple):  # of a handler that makes several results
             self._bind(node, args[0][args[1]])
             return
@@ -146,8 +150,10 @@ class _Lifter:
             return
         if inplace and not (args and isinstance(args[0], Value)):
             raise TraceError(f"{node.name} overwrites a parameter or buffer in place")
+        if isinstance(kwargs.get("out"), Value):
+            raise TraceError(f"{node.name} writes its result into another tensor (out=)")
         kwargs.pop("inplace", None)
-        result = self._handle(node, target, name, args, kwargs)
+        result = self._handle(target, name, args, kwargs)
         if result is None:
             result = self._opaque(node, target, name, inplace, args, kwargs)
         if isinstance(result, Value) and isinstance(result.op, Activation) and inplace:
@@ -159,20 +165,18 @@ class _Lifter:
         if node.target in _EFFECTS and isinstance(result, Value):
             self.effects.append(result)
 
-    def _handle(self, node: fx.Node, target: Any, name: str, args: Any, kwargs: Any) -> Value | None:
+    def _handle(self, target: Any, name: str, args: Any, kwargs: Any) -> Value | None:
+        """What the table makes of a call; None for a name, a form or a signature that it does not know."""
         if isinstance(target, nn.Module):
-            handler = None if has_hooks(target) else module_handler(target)
-            return None if handler is None else handler(self, target, *args, **kwargs)
-        aten = isinstance(target, torch._ops.OpOverload)
-        function = (_ATEN.get(name) if aten else None) or FUNCTIONS.get(name)
-        if function is None or "out" in kwargs:
+            handler, leading = (None if has_hooks(target) else module_handler(target)), (self, target)
+        else:
+            aten = isinstance(target, torch._ops.OpOverload)
+            handler, leading = (_ATEN.get(name) if aten else None) or FUNCTIONS.get(name), (self,)
+        if "input" in kwargs and not args:
+            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+        if handler is None or not _accepts(handler, *leading, *args, **kwargs):
             return None
-        try:
-            return function(self, *args, **kwargs)
-        except TypeError as error:
-            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                return None  # a signature that the table does not know: left as it is
-            raise
+        return handler(*leading, *args, **kwargs)
 
     def _opaque(self, node: fx.Node, target: Any, name: str, inplace: bool, args: Any, kwargs: Any) -> Value:
         if inplace:
@@ -188,8 +192,8 @@ class _Lifter:
             return Slot(len(values) - 1)
 
         args, kwargs = tree_map(slot, (tuple(args), kwargs), is_leaf=_is_value)
-        kind = Structural if name in STRUCTURAL and not isinstance(target, nn.Module) and len(values) == 1 else Opaque
-        kind = Structural if type(target) in _STRUCTURAL_MODULES else kind
+        by_name = name in STRUCTURAL and not isinstance(target, nn.Module) and args[:1] == (Slot(0),) and len(values) == 1
+        kind = Structural if by_name or type(target) in _STRUCTURAL_MODULES else Opaque
         return self.emit(kind(target, args, tuple(kwargs.items())), *values)
 
     # --- bindings and memory -------------------------------------------------------------------------------------
@@ -232,6 +236,7 @@ class _Lifter:
     def _release(self, value: Value) -> None:
         self.bound[value] -= 1
         if not self.bound[value]:
+            del self.bound[value]
             self.real.pop(value, None)
 
     def _forget(self, node: fx.Node) -> None:
@@ -240,11 +245,11 @@ class _Lifter:
             if last is node or (used is node and last is None):
                 for value in _values_in(self.env.pop(used, None)):
                     self._release(value)
-                self.memory.get(used, set()).discard(used)
-        live = {value for value in self.bound if self.bound[value] > 0}
-        if len(self.real) > 2 * len(live) + 16:  # intermediate values of handlers
-            self.real = {value: result for value, result in self.real.items() if value in live}
-            self.bound = Counter({value: self.bound[value] for value in live})
+                self.memory.pop(used, set()).discard(used)
+        for value in self.made:  # intermediate values of handlers
+            if value not in self.bound:
+                self.real.pop(value, None)
+        self.made = []
 
     def _shares_memory(self, node: fx.Node, used: fx.Node) -> bool:
         return bool(_storages(self.real.get(self.env[node])) & _storages(self._real_of(used)))
@@ -281,6 +286,7 @@ class _Lifter:
     def _returned(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        leaf = leaf.detach()
         value = Value(Constant(leaf), (), self._type(leaf), Origin((), "a constant output"), "constant")
         self.real[value] = leaf
         return value
@@ -649,7 +655,8 @@ def _canonical(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str,
     if kind == "call_module":
         if not isinstance(target, nn.Module):
             return str(target), False
-        return type(target).__name__, bool(getattr(target, "inplace", False)) and not isinstance(target, nn.Dropout)
+        pytorchs_own = type(target).__module__.startswith("torch.nn.modules") and not isinstance(target, nn.Dropout)
+        return type(target).__name__, pytorchs_own and bool(getattr(target, "inplace", False))
     if isinstance(target, torch._ops.OpOverload):
         name = target._opname
         if name == "_native_batch_norm_legit_no_training":
@@ -677,21 +684,27 @@ def _is_operator(target: Any, name: str) -> bool:
 def _out_of_place(node: fx.Node, target: Any, name: str) -> Any:
     if isinstance(target, nn.Module):
         if hasattr(target, "inplace"):
-            import copy
-
             target = copy.deepcopy(target)
             target.inplace = False
         return target
-    if isinstance(target, str) and hasattr(Tensor, name):
+    if isinstance(target, str) and callable(getattr(Tensor, name, None)):
         return name
     if isinstance(target, torch._ops.OpOverload):
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None and target._overloadname in packet.overloads():
             return getattr(packet, target._overloadname)
     for home in (torch.nn.functional, torch, operator):
-        if hasattr(home, name):
+        if callable(getattr(home, name, None)):
             return getattr(home, name)
     raise TraceError(f"{node.name} calls {target} in place, and rgc knows no form of it that leaves its input alone")
+
+
+def _accepts(handler: Callable[..., Value | None], *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(handler).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _refuse_training_state(node: fx.Node, module: nn.Module) -> None:
@@ -699,8 +712,14 @@ def _refuse_training_state(node: fx.Node, module: nn.Module) -> None:
         raise TraceError(f"{node.target} is in training mode")
 
 
+def _asks_for_rank(target: Any, args: Sequence[Any]) -> bool:
+    return (target is getattr and args[1:] == ("ndim",)) or target in ("dim", "ndimension")
+
+
 def _fold(node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
     """A call on constants only: its result is a constant."""
+    if node.target in _EFFECTS and args[0]:
+        return None  # a check that always succeeds
     if node.target in _EFFECTS or _is_random(target):
         raise TraceError(f"{node.name} has an effect or is random, but depends on no input")
     return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
@@ -797,7 +816,8 @@ def _source_line(node: fx.Node) -> str:
     return ""
 
 
+_FRONT_END = ("example", "export_tier", "frontend", "lift", "symbolic_tier")
 _TRACER_HOMES = (
     f"{Path(torch.__file__).parent}{os.sep}",
-    *(str(Path(__file__).with_name(f"{n}.py")) for n in ("frontend", "lift")),
+    *(str(Path(__file__).with_name(f"{n}.py")) for n in _FRONT_END),
 )

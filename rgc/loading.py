@@ -183,9 +183,12 @@ def _load_exported(path: Path, file: BinaryIO, trust: bool) -> nn.Module:
     if not trust:
         raise InputError(f"{path}: is an exported program, whose archive may carry pickles: {_TRUST}")
     try:
-        return torch.export.load(file).module()
+        model = torch.export.load(file).module()
     except _UNREADABLE as error:
         raise InputError(f"{path}: is an exported program that cannot be loaded ({_one_line(error)})") from error
+    for module in model.modules():
+        module.training = False  # a program has no mode; its module only says so by default, and refuses eval()
+    return model
 
 
 def _unwrap(contents: object) -> object:

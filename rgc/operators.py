@@ -334,7 +334,7 @@ class Call(Operator):
         def convert(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 return leaf.to(dtype)
-            return dtype if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
+            return dtype if leaf is torch.float64 else leaf  # burned in by a trace in float64; others are the user's
 
         target = self.target
         if isinstance(target, nn.Module):

@@ -37,7 +37,6 @@ def check_firing(old: Value, new: Value, sources: Sequence[Value], seed: int = 0
     before, after = (topological([value], known=known.__contains__) for value in (old, new))
     generator = torch.Generator().manual_seed(seed)
     exact = [source.tensor_type.shape for source in sources]
-    small = _small_shapes(before + after, sources)
 
     def difference(index: int, shapes: Sequence[tuple[int, ...]]) -> float | None:
         size = ", ".join("x".join(map(str, shape)) for shape in shapes)
@@ -68,7 +67,7 @@ def check_firing(old: Value, new: Value, sources: Sequence[Value], seed: int = 0
 
 
 def relative_difference(expected: Tensor, found: Tensor, scale: float | None = None) -> float:
-    """max |expected - found| over ``scale`` (the largest magnitude of ``expected``); infinite where they cannot compare."""
+    """max |expected - found| over ``scale`` (by default max |expected|); infinite where they cannot compare."""
     if expected.shape != found.shape:
         return float("inf")
     if expected.numel() == 0:
@@ -130,7 +129,7 @@ def _small(shape: tuple[int, ...], axes: int, size: tuple[int, ...]) -> tuple[in
 
 def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[int, int]:
     """The widest receptive field and the largest stride: a size above their sum has every border and an interior."""
-    fields = {source: (1, 1) for source in sources}  # receptive field and stride of each value
+    fields = dict.fromkeys(sources, (1, 1))  # receptive field and stride of each value
     for value in values:
         op = value.op
         before = [fields.get(used, (1, 1)) for used in value.inputs] or [(1, 1)]

@@ -44,8 +44,8 @@ def layer_source(layer: nn.Module, name: str) -> str:
 class LayerTree:
     """Layers and tensors by dotted name, and how they are built in ``__init__`` and reached from ``self``.
 
-    A group whose members are 0, 1, 2... is an nn.ModuleList, one with another member that is no Python name an
-    nn.ModuleDict, any other a ``Block``.
+    A group whose members are the layers 0, 1, 2... is an nn.ModuleList, one with another layer that is no Python name
+    an nn.ModuleDict, any other a ``Block``. What no Python name can reach in a Block is reached by ``getattr``.
     """
 
     def __init__(self, layers: Mapping[str, str], tensors: Mapping[str, str]) -> None:
@@ -63,7 +63,7 @@ class LayerTree:
                 raise InputError(f"{name!r} is both a layer and a group of layers; it {CANNOT}")
             group[last] = source
         for part in self._root:
-            _require_attribute_name(part, part)
+            _require_free_name(part, part)
 
     def init_lines(self) -> Iterator[str]:
         """The statements of ``__init__``, without indentation."""
@@ -71,7 +71,10 @@ class LayerTree:
             yield "pass"
         for name, part in self._root.items():
             if name in self._tensors and not part.startswith("nn.Parameter"):
-                yield f'self.register_buffer("{name}", {part})'
+                yield f"self.register_buffer({name!r}, {part})"
+            elif not _is_identifier(name):
+                kind = "register_parameter" if name in self._tensors else "add_module"
+                yield from f"self.{kind}({name!r}, {self._build(part, name)})".split("\n")
             else:
                 yield from f"self.{name} = {self._build(part, name)}".split("\n")
 
@@ -79,24 +82,34 @@ class LayerTree:
         """The expression for a layer, or for a tensor of one, from ``root``."""
         source = root
         group: dict[str, Any] | None = self._root
+        path = ""
         for part in name.split("."):
-            kind = _group_kind(group) if isinstance(group, dict) and group is not self._root else "Block"
+            kind = self._kind(group, path) if isinstance(group, dict) and group is not self._root else "Block"
             kind = "nn.ModuleList" if group is None and part.isdecimal() else kind  # inside an nn.Sequential
-            source += {"nn.ModuleList": f"[{part}]", "nn.ModuleDict": f"[{part!r}]", "Block": f".{part}"}[kind]
+            if kind == "Block":
+                source = f"{source}.{part}" if _is_identifier(part) else f"getattr({source}, {part!r})"
+            else:
+                source += f"[{part}]" if kind == "nn.ModuleList" else f"[{part!r}]"
+            path = f"{path}.{part}".lstrip(".")
             group = group.get(part) if isinstance(group, dict) else None
         return source
+
+    def _kind(self, group: dict[str, Any], path: str) -> str:
+        if any(f"{path}.{key}" in self._tensors for key in group):
+            return "Block"
+        return _group_kind(group)
 
     def _build(self, part: Any, name: str) -> str:
         if isinstance(part, str):
             return part
-        kind = _group_kind(part)
+        kind = self._kind(part, name)
         if kind == "Block":
-            for key in part:
-                _require_attribute_name(key, f"{name}.{key}")
-            members = [f"{key}={self._build(member, f'{name}.{key}')}" for key, member in part.items()]
+            members = []
+            for key, member in part.items():
+                _require_free_name(key, f"{name}.{key}")
+                built = self._build(member, f"{name}.{key}")
+                members.append(f"{key}={built}" if _is_identifier(key) else f"**{{{key!r}: {built}}}")
             return _call("Block(", members, ")")
-        if any(f"{name}.{key}" in self._tensors for key in part):
-            raise InputError(f"a tensor in {name!r} beside numbered layers: the model {CANNOT}")
         if kind == "nn.ModuleList":
             ordered = sorted(part, key=int)
             return _call("nn.ModuleList([", [self._build(part[key], f"{name}.{key}") for key in ordered], "])")
@@ -161,12 +174,16 @@ def _first_difference(layer: nn.Module, rebuilt: nn.Module) -> str | None:
 def _group_kind(group: dict[str, Any]) -> str:
     if set(group) == {str(index) for index in range(len(group))}:
         return "nn.ModuleList"
-    return "Block" if all(key.isidentifier() and not keyword.iskeyword(key) for key in group) else "nn.ModuleDict"
+    return "Block" if all(map(_is_identifier, group)) else "nn.ModuleDict"
 
 
-def _require_attribute_name(name: str, path: str) -> None:
-    if not name.isidentifier() or keyword.iskeyword(name) or hasattr(nn.Module(), name):
-        raise InputError(f"{path!r} is no name that a Python attribute of a module can have: the model {CANNOT}")
+def _is_identifier(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _require_free_name(name: str, path: str) -> None:
+    if not name or hasattr(nn.Module(), name):
+        raise InputError(f"{path!r} is a name that torch.nn.Module reserves: the model {CANNOT}")
 
 
 def _call(opening: str, members: list[str], closing: str) -> str:

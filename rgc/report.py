@@ -102,7 +102,15 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as JSON."""
-        return json.dumps({**dataclasses.asdict(self), "max_error": self.max_error}, indent=2)
+        counts = {"ops_before": dict(self.ops_before), "ops_after": dict(self.ops_after)}
+        rest = dataclasses.asdict(dataclasses.replace(self, ops_before=Counter(), ops_after=Counter()))
+        return json.dumps({**rest, **counts, "max_error": self.max_error}, indent=2)
+
+    def _refusals_by_reason(self) -> dict[tuple[str, str], list[str]]:
+        places: dict[tuple[str, str], list[str]] = {}
+        for refused in self.refusals:
+            places.setdefault((refused.rewrite, refused.reason), []).append(refused.where)
+        return places
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape
@@ -130,8 +138,9 @@ class Report:
         if self.refusals:
             yield Text("\nrefusals", style="bold")
             table = Table("rewrite", "where", "reason", box=None, pad_edge=False)
-            for refused in self.refusals:
-                table.add_row(refused.rewrite, escape(refused.where), escape(refused.reason))
+            for (name, reason), places in self._refusals_by_reason().items():
+                more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+                table.add_row(name, escape(places[0]) + more, escape(reason))
             yield table
         for failure in self.failures:
             yield Text(f"bug: {failure.rewrite} at {failure.where}, undone: {failure.reason}", style="red")

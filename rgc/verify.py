@@ -7,17 +7,18 @@ the comparison of the two tells a fault from rounding.
 
 from __future__ import annotations
 
-import copy
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.errors import InputError, NotEquivalentError
-from rgc.frontend import Example, output_difference
+from rgc.example import Example, copy_model, output_difference
 from rgc.proof import TOLERANCE
 from rgc.report import Verification
 
@@ -33,7 +34,7 @@ LARGEST_DRAWN = 64
 NOISE_MULTIPLE = 4.0
 
 #: ... plus so many units in the last place of the output's scale, for originals that happen to round well.
-NOISE_FLOOR = 64.0
+NOISE_FLOOR = 8.0
 
 
 def verify(
@@ -49,8 +50,8 @@ def verify(
     require_eval(original)
     example = example_of(original, example_inputs)
     dtype = floating_dtype(original, example)
-    reference = copy.deepcopy(original).cpu().double().requires_grad_(False)
-    pair = Pair(original, compiled, reference, None, dtype, device_of(original))
+    reference = copy_model(original, dtype=torch.float64).cpu().requires_grad_(False)
+    pair = Pair(copy_model(original), compiled, reference, None, dtype, device_of(original))
     try:
         return pair.check(example.to(torch.device("cpu")), level=level, free_sizes=False)
     except NotEquivalentError as error:
@@ -67,16 +68,18 @@ class Pair:
     compiled_reference: Callable[..., Any] | None
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    accepts: Callable[[Example], bool] = lambda _: True  # which drawn inputs the compiled form can take
 
     def check(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Verification:
         """The worst differences over the example and the drawn inputs; `NotEquivalentError` names the input's shape."""
         worst = _Worst()
         self._compare(example, worst, expected)
         for drawn in draw_examples(example, DRAWS[level], free_sizes):
+            if not self.accepts(drawn):
+                continue
             try:
-                expected = drawn.cast(torch.float64 if self.reference else self.dtype).run(
-                    self.reference or self.original
-                )
+                reference = self.original if self.reference is None else self.reference  # an empty model is false
+                expected = drawn.cast(self.dtype if self.reference is None else torch.float64).run(reference)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
             self._compare(drawn, worst, expected)
@@ -84,19 +87,20 @@ class Pair:
         return Verification(True, exact, worst.deployed, worst.own, worst.allowed, worst.count, level)
 
     def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
-        reference = self.reference or self.original
-        precise = example.cast(torch.float64) if self.reference else example
+        reference = self.original if self.reference is None else self.reference
+        precise = example if self.reference is None else example.cast(torch.float64)
         if expected is None:
             expected = precise.run(reference)
         if self.compiled_reference is not None:
-            exact = output_difference(expected, precise.run(self.compiled_reference))
+            exact = output_difference(expected, _run(self.compiled_reference, precise))
             worst.exact = max(worst.exact, exact)
             if not exact <= TOLERANCE:
                 raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
         deployed = example.cast(self.dtype).to(self.device)
-        own = output_difference(expected, _on_cpu(deployed.run(self.original)))
-        found = output_difference(expected, _on_cpu(deployed.run(self.compiled)))
-        allowed = NOISE_MULTIPLE * own + NOISE_FLOOR * torch.finfo(self.dtype).eps
+        original, result = deployed.run(self.original), _run(self.compiled, deployed)
+        own, found = (output_difference(expected, _on_cpu(output)) for output in (original, result))
+        _require_same_dtypes(original, result)
+        allowed = max(NOISE_MULTIPLE * own + NOISE_FLOOR * torch.finfo(self.dtype).eps, TOLERANCE)
         if not found <= allowed:
             raise NotEquivalentError(
                 f"differs by {found:.1e} of its scale in {str(self.dtype).removeprefix('torch.')} "
@@ -105,6 +109,24 @@ class Pair:
             )
         worst.deployed, worst.own = max(worst.deployed, found), max(worst.own, own)
         worst.allowed, worst.count = max(worst.allowed, allowed), worst.count + 1
+
+
+def _run(compiled: Callable[..., Any], example: Example) -> Any:
+    """What the compiled model returns where the original has returned something: it may not fail."""
+    try:
+        return example.run(compiled)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        raise NotEquivalentError(f"fails on {_describe(example)}: {type(error).__name__}: {reason}") from error
+
+
+def _require_same_dtypes(original: Any, result: Any) -> None:
+    expected, found = (
+        [leaf.dtype for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)] for output in (original, result)
+    )
+    for before, after in zip(expected, found, strict=False):
+        if before != after:
+            raise NotEquivalentError(f"returns {after} where the original returns {before}")
 
 
 @dataclass
@@ -153,8 +175,23 @@ def draw_examples(example: Example, count: int, free_sizes: bool) -> Iterator[Ex
 
         drawn.append(Example(tree_map(like, example.args), tree_map(like, example.kwargs)))
 
-    draw()
+    with _hypothesis_in_a_temporary_folder():
+        draw()
     yield from drawn
+
+
+@contextmanager
+def _hypothesis_in_a_temporary_folder() -> Iterator[None]:
+    """Hypothesis keeps a cache beside the user's files even without a database; here it must leave no trace."""
+    from hypothesis import configuration
+
+    before = vars(configuration)["__hypothesis_home_directory"]
+    with tempfile.TemporaryDirectory(prefix="rgc-") as folder:
+        configuration.set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            configuration.set_hypothesis_home_dir(before)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -301,8 +301,10 @@ def test_casting_a_call_converts_a_copy_of_its_module_and_its_tensors_and_dtypes
     assert cast.evaluate(random(1, 2)).dtype == torch.float64
     assert layer.weight.dtype == torch.float32
     assert [t.dtype for t in cast.tensors()] == [torch.float64] * 2
-    to = Opaque("to", (Slot(0), torch.float32)).cast(torch.float64)
-    assert to.evaluate(random(2)).dtype == torch.float64
+    traced_in_float64 = Opaque("to", (Slot(0), torch.float64)).cast(torch.float32)
+    assert traced_in_float64.evaluate(random(2)).dtype == torch.float32
+    as_written = Opaque("to", (Slot(0), torch.float32)).cast(torch.float16)
+    assert as_written.evaluate(random(2)).dtype == torch.float32
     embed = Opaque(F.embedding, (Slot(0), torch.ones(4, 2)), (("padding_idx", 0),)).cast(torch.float64)
     assert embed.evaluate(torch.tensor([1])).dtype == torch.float64
     assert [t.dtype for t in embed.tensors()] == [torch.float64]

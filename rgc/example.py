@@ -1,0 +1,281 @@
+"""How is a model called? One call with its arguments: by name, in other dtypes, with other values, as graph inputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from rgc.errors import InputError, TraceError
+from rgc.proof import relative_difference
+
+
+@dataclass(frozen=True)
+class Example:
+    """One call of a model: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype) -> Example:
+        """The same call with floating-point tensors in ``dtype``; every tensor a copy."""
+
+        def convert(leaf: Tensor) -> Tensor:
+            return leaf.detach().to(dtype, copy=True) if leaf.is_floating_point() else leaf.detach().clone()
+
+        return self._mapped(convert)
+
+    def cloned(self) -> Example:
+        """The same call with copies of its tensors."""
+        return self._mapped(lambda leaf: leaf.detach().clone())
+
+    def to(self, device: torch.device) -> Example:
+        """The same call with its tensors on ``device``."""
+        return self._mapped(lambda leaf: leaf.to(device))
+
+    def redrawn(self, batch: int, seed: int = 0) -> Example:
+        """A call like this one with normal values and ``batch`` samples; integers are drawn from those of this call."""
+        generator = torch.Generator().manual_seed(seed)
+        own = next((tensor.shape[0] for tensor in self.tensors if tensor.dim() > 1), None)
+
+        def draw(leaf: Tensor) -> Tensor:
+            shape = (batch, *leaf.shape[1:]) if leaf.dim() > 1 and leaf.shape[0] == own else tuple(leaf.shape)
+            if leaf.is_floating_point():
+                return torch.randn(shape, generator=generator, dtype=torch.float64).to(leaf)
+            chosen = torch.randint(0, max(leaf.numel(), 1), shape, generator=generator).to(leaf.device)
+            return leaf.flatten()[chosen] if leaf.numel() else leaf
+
+        return self._mapped(draw)
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """The model's output on copies of the arguments (a model may overwrite its input)."""
+        fresh = self.cloned()
+        with torch.no_grad(), precisely(self.tensors):
+            return model(*fresh.args, **fresh.kwargs)
+
+    def bind(self, model: nn.Module) -> dict[str, Any]:
+        """Argument values by name: ``*args`` as args_0, args_1, ..., each of ``**kwargs`` by its own."""
+        return self.binding(model).values
+
+    def binding(self, model: nn.Module) -> Binding:
+        """How this call fits the signature of ``forward``; `InputError` where it does not."""
+        signature = inspect.signature(model.forward)
+        try:
+            bound = signature.bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            raise InputError(f"the example does not fit {type(model).__name__}.forward: {error}") from error
+        return Binding(signature, dict(bound.arguments))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Example:
+        def convert(leaf: Any) -> Any:
+            return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return Example(tree_map(convert, self.args), tree_map(convert, self.kwargs))
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A call against the signature of a ``forward``: its arguments by the flat names of the graph's inputs."""
+
+    signature: inspect.Signature
+    arguments: dict[str, Any]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the call gives, in the order of the signature."""
+        flat: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                flat.update({f"{name}_{index}": each for index, each in enumerate(value)})
+            else:
+                flat.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        return flat
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What each named parameter is where a call leaves it out."""
+        parameters = self.signature.parameters.values()
+        return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+    def completed(self) -> Binding:
+        """The same call with every default passed on."""
+        order = list(self.signature.parameters)
+        every = {**self.defaults, **self.arguments}
+        return Binding(self.signature, dict(sorted(every.items(), key=lambda item: order.index(item[0]))))
+
+    def call(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with other ``values`` by the same names, as positional and keyword arguments."""
+        bound = self.signature.bind_partial()
+        for name, value in self.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                bound.arguments[name] = tuple(values[f"{name}_{index}"] for index in range(len(value)))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = {key: values[key] for key in value}
+            else:
+                bound.arguments[name] = values[name]
+        return bound.args, bound.kwargs
+
+
+def declare(tracer: fx.proxy.TracerBase, binding: Binding) -> dict[str, Any]:
+    """Placeholders for the call, and for each argument what a trace computes with.
+
+    Tensors become proxies, in the structure in which they come. Everything else is a constant of the trace, which a
+    check at run time compares with what the caller passes.
+    """
+    given = binding.values
+    left_out = {name: value for name, value in binding.defaults.items() if name not in given and _is_plain(value)}
+    proxies = {}
+    for name in sorted({**given, **left_out}, key=_rank(binding)):
+        is_constant = name in left_out or _is_plain(given[name])
+        default = (binding.defaults[name],) if is_constant and _is_plain(binding.defaults.get(name, tracer)) else ()
+        proxies[name] = tracer.create_proxy("placeholder", name, default, {}, name=name)
+    for name, value in left_out.items():
+        _check(tracer, proxies[name], value, name)
+    return {name: _unpacked(tracer, proxies[name], value, name) for name, value in given.items()}
+
+
+def _rank(binding: Binding) -> Callable[[str], int]:
+    order = {name: index for index, name in enumerate(binding.signature.parameters)}
+    for name, value in binding.arguments.items():
+        kind = binding.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            order.update({f"{name}_{index}": order[name] for index in range(len(value))})
+    last = len(order)
+    return lambda name: order.get(name, last)
+
+
+def _unpacked(tracer: fx.proxy.TracerBase, proxy: fx.Proxy, value: Any, name: str) -> Any:
+    if isinstance(value, Tensor):
+        return proxy
+    if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
+        _check(tracer, proxy, value, name)
+        return value
+    length = tracer.create_proxy("call_function", len, (proxy,), {})
+    _check(tracer, length, len(value), f"len({name})")
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    parts = [_unpacked(tracer, proxy[key], value[key], f"{name}[{key!r}]") for key in keys]
+    if isinstance(value, dict):
+        return type(value)(zip(keys, parts, strict=True))
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def _check(tracer: fx.proxy.TracerBase, proxy: fx.Proxy, value: Any, name: str) -> None:
+    """The compiled model holds for this very constant."""
+    if not _is_plain(value):
+        raise TraceError(f"the input {name} is of type {type(value).__name__}, which no graph can hold")
+    same = tracer.create_proxy("call_function", operator.eq, (proxy, value), {})
+    message = f"this compiled model holds for {name} = {value!r} only; compile it again for another"
+    tracer.create_proxy("call_function", torch._assert, (same, message), {})
+
+
+def _is_plain(value: Any) -> bool:
+    leaves = tree_flatten(value)[0]
+    return all(leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device) for leaf in leaves)
+
+
+def output_difference(expected: Any, found: Any) -> float:
+    """The largest difference over all tensors of two outputs, each relative to its own scale."""
+    left, right = (tree_flatten(_plain(output))[0] for output in (expected, found))
+    if len(left) != len(right):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            worst = max(worst, relative_difference(a.detach(), b.detach()))
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or not (a is b or bool(a == b)):
+            return float("inf")
+    return worst
+
+
+def _plain(output: Any) -> Any:
+    """Mappings and dataclasses as plain dicts, so that an OrderedDict equals the dict that a traced model returns."""
+    if isinstance(output, Mapping):
+        return {key: _plain(value) for key, value in output.items()}
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {each.name: _plain(getattr(output, each.name)) for each in dataclasses.fields(output)}
+    if isinstance(output, list | tuple):
+        return [_plain(value) for value in output]
+    return output
+
+
+def copy_model(
+    model: nn.Module, *, share_parameters: bool = False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A copy to run, so that whatever ``forward`` writes, the original stays as it is; cast to ``dtype`` if given.
+
+    Unlike ``nn.Module.to`` that takes tensors along which are neither parameters nor buffers, and unlike
+    ``copy.deepcopy`` those with a gradient history: a weight that a hook computes.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    for module in model.modules():
+        for leaf in tree_flatten([value for name, value in vars(module).items() if not name.startswith("_")])[0]:
+            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+                wanted = leaf.dtype if dtype is None or not leaf.is_floating_point() else dtype
+                memo.setdefault(id(leaf), leaf.detach().to(wanted, copy=True))
+    copied = copy.deepcopy(model, memo)
+    return copied if dtype is None else copied.to(dtype)
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Random numbers drawn inside leave the global generators as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def precisely(tensors: Any) -> Any:
+    """A context in which a model that casts to single or half precision stays in float64 where ``tensors`` are.
+
+    The function of a model is what it computes without rounding; a cast inside would hide 1e-10 behind 1e-7.
+    """
+    leaves = [leaf for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor)]
+    return _InFloat64() if any(leaf.dtype == torch.float64 for leaf in leaves) else nullcontext()
+
+
+class _InFloat64(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if any(isinstance(leaf, fx.Proxy) for leaf in args):  # a trace keeps what the user wrote
+            return func(*args, **options)
+        if func in _CASTS:
+            func = Tensor.double
+        args, options = tuple(map(_widened, args)), {key: _widened(value) for key, value in options.items()}
+        result = func(*args, **options)
+        if func in _FACTORIES and result.dtype == torch.float32:
+            return func(*args, **{**options, "dtype": torch.float64})
+        return result
+
+
+_LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+_FACTORIES = frozenset({
+    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand, torch.randn,
+    torch.tensor, torch.zeros,
+})  # fmt: skip
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _LOW else value
+
+
+__all__ = [
+    "Binding", "Example", "copy_model", "declare", "output_difference", "precisely", "unchanged_generators",
+]  # fmt: skip

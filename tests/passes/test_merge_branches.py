@@ -1,0 +1,71 @@
+"""Are parallel linear branches of one source one operator, whichever way they meet?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [
+        lambda a, b, x: a + b,
+        lambda a, b, x: b - a,
+        lambda a, b, x: x - a + b,
+        lambda a, b, x: (a + x) + (b - x),
+        lambda a, b, x: torch.cat([b, x, a], 1),
+        lambda a, b, x: torch.cat([a, a + b], dim=-3),
+    ],
+)
+def test_they_become_one_convolution(meet: Any, calls: Any, compiled: Any) -> None:
+    model = calls(
+        lambda x, a, b: torch.relu(meet(a(x), b(x), x)), a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1, groups=2)
+    )
+    assert compiled(model, 2, 4, 7, 6).ops_after == {"Conv2d": 1, "ReLU": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(nn.Conv1d, (7,)), (nn.Conv3d, (3, 4, 5)), (nn.ConvTranspose2d, (4, 5)), (nn.Linear, (5, 4))]
+)
+def test_of_every_kind(kind: Any, size: tuple[int, ...], calls: Any, compiled: Any) -> None:
+    a, b = (kind(4, 4) if kind is nn.Linear else kind(4, 4, 3, padding=1) for _ in range(2))
+    shape = (2, *size) if kind is nn.Linear else (2, 4, *size)
+    report = compiled(calls(lambda x, a, b: torch.relu(a(x) + b(x)), a=a, b=b), *shape)
+    assert report.ops_after == {kind.__name__: 1, "ReLU": 1}
+
+
+def test_two_branches_of_one_source_meet_across_a_third_of_another(calls: Any, compiled: Any) -> None:
+    def across(x: Any, a: Any, b: Any) -> Any:
+        return torch.relu((torch.tanh(x) + a(x)) + b(x))
+
+    model = calls(across, a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1))
+    report = compiled(model, 2, 4, 7, 6)
+    assert report.ops_after["Conv2d"] == 1 and report.ops_after["add"] == 1
+
+
+def test_branches_that_others_read_stay(calls: Any, compiled: Any, reasons: Any) -> None:
+    def shared(x: Any, a: Any, b: Any) -> Any:
+        y, z = a(x), b(x)
+        return torch.relu(y + z), y, z
+
+    model = calls(shared, a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1))
+    report = compiled(model, 2, 4, 7, 6)
+    assert report.ops_after["Conv2d"] == 2 and "is also used elsewhere" in reasons(report, "merge_branches")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 1, 1), "broadcasts"),
+        (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, stride=5), "strides differ"),
+        (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding modes differ"),
+    ],
+)
+def test_branches_of_other_geometry_are_refused(
+    a: nn.Module, b: nn.Module, reason: str, calls: Any, compiled: Any, reasons: Any
+) -> None:
+    report = compiled(calls(lambda x, a, b: torch.relu(a(x) + b(x)), a=a, b=b), 2, 4, 5, 5)
+    assert report.ops_after["Conv2d"] == 2 and reason in reasons(report, "merge_branches")

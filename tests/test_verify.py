@@ -1,0 +1,108 @@
+"""Does the proof of a whole model tell a fault from rounding?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rgc
+from rgc.compiler import example_of
+from rgc.errors import InputError
+from rgc.testing import randomize
+from rgc.verify import DRAWS, LARGEST_DRAWN, draw_examples, require_level
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+
+
+X = torch.randn(2, 3, 10, 12, generator=torch.Generator().manual_seed(1))
+
+
+def with_change(change: Callable[[nn.Module], Any]) -> nn.Module:
+    changed = copy.deepcopy(model())
+    with torch.no_grad():
+        change(changed)
+    return changed
+
+
+def test_a_model_equals_itself_and_its_compiled_form() -> None:
+    original = model()
+    for other in (original, rgc.compile(original, X)):
+        found = rgc.verify(original, other, X)
+        assert found.equal and found.deployed_error <= found.allowed_error and found.examples > 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m[0].weight.mul_(1 + 1e-4),
+        lambda m: m[3].bias.add_(1e-4),
+        lambda m: m[1].running_var.mul_(1.001),
+        lambda m: setattr(m[0], "padding_mode", "replicate"),
+        lambda m: m.__setitem__(2, nn.ReLU6()) or m[1].weight.mul_(10),
+    ],
+)
+def test_a_changed_model_is_not_equal_and_the_reason_says_how_far(change: Callable[[nn.Module], Any]) -> None:
+    found = rgc.verify(model(), with_change(change), X)
+    assert not found.equal and "of its scale in float32 on an input of 2x3x10x12" in found.reason
+
+
+def test_rounding_is_no_fault() -> None:
+    rounded = with_change(lambda m: m[3].weight.mul_(1 + 2**-22))
+    assert rgc.verify(model(), rounded, X).equal
+
+
+def test_a_removed_activation_shows_on_drawn_inputs_even_where_the_example_hides_it() -> None:
+    original, linear = nn.Sequential(nn.ReLU()).eval(), nn.Sequential(nn.Identity()).eval()
+    assert not rgc.verify(original, linear, torch.rand(2, 3)).equal
+
+
+def test_outputs_of_another_shape_or_structure_are_infinitely_far() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    same, flat = nn.Sequential(nn.Identity()).eval(), nn.Sequential(nn.Flatten()).eval()
+    assert "differs by inf" in rgc.verify(same, flat, X).reason
+    assert "differs by inf" in rgc.verify(same, Pair().eval(), X).reason
+
+
+def test_a_model_in_training_mode_cannot_be_verified() -> None:
+    with pytest.raises(InputError, match="is in training mode"):
+        rgc.verify(model().train(), model(), X)
+
+
+def test_levels_have_names() -> None:
+    assert require_level("quick") == "quick" and require_level("full") == "full"
+    with pytest.raises(InputError, match="unknown verification level 'slow'; choose one of quick, full"):
+        require_level("slow")
+
+
+def test_full_draws_more_than_quick() -> None:
+    original = model()
+    counts = [rgc.verify(original, original, X, level=level).examples for level in ("quick", "full")]
+    assert counts[0] <= DRAWS["quick"] + 1 < counts[1] <= DRAWS["full"] + 1
+
+
+def test_drawn_inputs_vary_in_batch_size_and_values_and_are_the_same_every_time() -> None:
+    example = example_of(nn.ReLU(), torch.randn(2, 3, 100, 90))
+    free, again, fixed = (
+        [each.tensors[0] for each in draw_examples(example, 12, free_sizes)] for free_sizes in (True, True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(free, again, strict=True))
+    assert {x.shape[0] for x in free} == {1, 2, 3} and len({x.shape[2] % 2 for x in free}) == 2
+    assert all(x.shape[2] <= LARGEST_DRAWN + 3 for x in free) and {x.shape[2:] for x in fixed} == {(100, 90)}
+    assert max(float(x.abs().max()) for x in free) > 10
+
+
+def test_integers_are_drawn_from_the_example() -> None:
+    example = example_of(nn.ReLU(), (torch.tensor([[3, 5]]), 7))
+    for drawn in draw_examples(example, 5, False):
+        assert set(drawn.tensors[0].flatten().tolist()) <= {3, 5} and drawn.args[1] == 7
