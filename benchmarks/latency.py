@@ -1,7 +1,7 @@
 """Is anything slower after compiling? ``python -m benchmarks.latency [--device cuda] [--dtype float16]``.
 
-Original and compiled model are called in turn, many times, so that a noisy machine treats them alike; the table gives the
-median time of each and the median of the ratios pair by pair, with its quartiles.
+Original and compiled model are called in turn, many times, so that a noisy machine treats them alike; the table gives
+the median time of each and the median of the ratios pair by pair, with its quartiles.
 """
 
 from __future__ import annotations

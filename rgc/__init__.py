@@ -35,7 +35,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
-    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply", "NotEquivalentError",
+    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply",
+    "NotEquivalentError",
     "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale",
     "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add", "border", "compile",
     "compose", "graph_pass", "load", "nn", "require", "rewrite", "save", "testing", "unit", "verify",

@@ -106,7 +106,7 @@ def _export(
         has_batch = leaf.dim() >= 2 and leaf.shape[0] == batch
         first_size = 2 if leaf.dim() >= 4 else 1  # [batch, channels, sizes...], or [batch, steps, channels]
         sizes = range(first_size, leaf.dim()) if freedom == "batch and sizes" and leaf.dim() >= 3 else range(0)
-        return {dimension: Dim.AUTO for dimension in [*([0] if has_batch else []), *sizes]}
+        return dict.fromkeys([*([0] if has_batch else []), *sizes], Dim.AUTO)
 
     shapes = {name: pytree.tree_map(free_dimensions_of, value) for name, value in inputs.items()}
     # Without this, torch.export treats a size of 1 in the example, or in any layer, as the constant 1;

@@ -145,11 +145,11 @@ class _Lifter:
         if target is operator.getitem and isinstance(args[0], tuple):  # of a handler that makes several results
             self._bind(node, args[0][args[1]])
             return
+        if inplace and not (args and isinstance(args[0], Value)):
+            raise TraceError(f"{node.name} overwrites a parameter or buffer in place")
         if not values and not isinstance(target, nn.Module):
             self._bind(node, _fold(node, target, args, kwargs))
             return
-        if inplace and not (args and isinstance(args[0], Value)):
-            raise TraceError(f"{node.name} overwrites a parameter or buffer in place")
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
         kwargs.pop("inplace", None)

@@ -393,7 +393,7 @@ def _meta(op: Operator, *types: TensorType | None) -> TensorType | None:
 
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "Multiply", "Opaque",
-    "Slot",
+    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "Multiply",
+    "Opaque", "Slot",
     "Structural", "Unflatten",
 ]  # fmt: skip

@@ -45,9 +45,49 @@ CONTAINERS = (
     "torch.fx.immutable_collections.immutable_dict",
 )
 SIZE_FUNCTIONS = frozenset(
-    "Symbol Integer Rational Float Add Mul Pow Mod Max Min Abs FloorDiv CleanDiv CeilDiv PythonMod ModularIndexing "
-    "IntTrueDiv FloatTrueDiv ToFloat TruncToInt CeilToInt FloorToInt RoundToInt PowByNatural Where Identity Eq Ne Lt "
-    "Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not".split()
+    [
+        "Symbol",
+        "Integer",
+        "Rational",
+        "Float",
+        "Add",
+        "Mul",
+        "Pow",
+        "Mod",
+        "Max",
+        "Min",
+        "Abs",
+        "FloorDiv",
+        "CleanDiv",
+        "CeilDiv",
+        "PythonMod",
+        "ModularIndexing",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "ToFloat",
+        "TruncToInt",
+        "CeilToInt",
+        "FloorToInt",
+        "RoundToInt",
+        "PowByNatural",
+        "Where",
+        "Identity",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Le",
+        "Gt",
+        "Ge",
+        "Equality",
+        "Unequality",
+        "StrictLessThan",
+        "LessThan",
+        "StrictGreaterThan",
+        "GreaterThan",
+        "And",
+        "Or",
+        "Not",
+    ]
 )
 SIZE_SYNTAX = (
     ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare,

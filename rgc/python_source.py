@@ -33,7 +33,9 @@ NAMESPACES: tuple[tuple[str, Any], ...] = (
     ("torch._C._nn", torch._C._nn),
     ("", builtins),
 )
-SAFE_BUILTINS = frozenset("abs bool float getattr int len list max min round slice sum tuple".split())
+SAFE_BUILTINS = frozenset(
+    ["abs", "bool", "float", "getattr", "int", "len", "list", "max", "min", "round", "slice", "sum", "tuple"]
+)
 IMPORTED = ("torch", "nn", "F", "math", "operator")
 RESERVED = frozenset({"self", *IMPORTED, *dir(builtins), *keyword.kwlist})
 SHORT_NAMES = ("x", "y", "z", "u", "v", "w")
@@ -192,9 +194,9 @@ def _function_name(function: Callable[..., Any], node: fx.Node) -> str:
             return f"torch.ops.{namespace}.{name}.{function._overloadname}"
     for prefix, namespace in NAMESPACES:
         for name in (getattr(function, "__name__", ""), *_names_in(namespace, function)):
-            if name.isidentifier() and getattr(namespace, name, None) is function:
-                if namespace is not builtins or name in SAFE_BUILTINS:
-                    return f"{prefix}.{name}" if prefix else name
+            is_found = name.isidentifier() and getattr(namespace, name, None) is function
+            if is_found and (namespace is not builtins or name in SAFE_BUILTINS):
+                return f"{prefix}.{name}" if prefix else name
     described = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', function)}"
     raise InputError(f"function {described} (node {node.name!r}) {CANNOT}")
 

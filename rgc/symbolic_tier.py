@@ -24,6 +24,8 @@ def trace_symbolically(model: nn.Module, example: Example) -> Source:
         raise TraceError("the model itself has forward hooks, which tracing would lose")
     try:
         return _trace(model, example, symbolic_parameters=False)
+    except TraceError:
+        raise
     except Exception as error:
         # What fails on parameters that are constants may trace with symbols for them: `token.expand(batch, -1, -1)`.
         try:

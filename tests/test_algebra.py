@@ -41,15 +41,6 @@ SIZES: dict[int, list[Size]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors on many threads spend their time waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Random integers in float64: every sum below is exact, so equality is `torch.equal`.
 
 

@@ -200,8 +200,8 @@ def test_several_inputs_and_a_nested_result_keep_their_names_and_places(name: st
     assert torch.equal(found["all"][2][0], expected["all"][2][0])
 
 
-@pytest.mark.parametrize("name", ("model.pt2", "model.onnx"))
-@pytest.mark.parametrize("model_class, size", [(WholeImagePool, 2), (WholeImagePool, 8), (BranchesOnSize, 8)])
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+@pytest.mark.parametrize(("model_class", "size"), [(WholeImagePool, 2), (WholeImagePool, 8), (BranchesOnSize, 8)])
 def test_sizes_that_the_trace_depends_on_are_fixed_and_the_user_is_told(
     model_class: Callable[[], nn.Module], size: int, name: str, tmp_path: Path
 ) -> None:
@@ -219,7 +219,7 @@ def test_sizes_that_the_trace_depends_on_are_fixed_and_the_user_is_told(
             assert_equal(found, model(x), bitwise=name == "model.pt2")
 
 
-@pytest.mark.parametrize("name", ("model.pt2", "model.onnx"))
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
 def test_skip_connections_leave_sizes_free_where_the_model_itself_works(name: str, tmp_path: Path) -> None:
     model = compiled(UNet())
     written = save(model, tmp_path / name, example_args=(torch.randn(1, 3, 8, 8),), free_sizes=True)
@@ -242,7 +242,7 @@ def test_a_model_that_torch_cannot_export_is_refused_in_one_line(tmp_path: Path)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ("model.pt2", "model/"))
+@pytest.mark.parametrize("name", ["model.pt2", "model/"])
 def test_bfloat16_weights_come_back_with_their_bits(name: str, tmp_path: Path) -> None:
     model = compiled(Residual()).to(torch.bfloat16)
     x = torch.randn(2, 3, 9, 9, dtype=torch.bfloat16)
@@ -392,7 +392,7 @@ def test_an_artifact_holds_no_source_path_and_no_value_of_the_example(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "name, error",
+    ("name", "error"),
     [("model.pt2", KeyboardInterrupt), ("model.pt2", RuntimeError), ("model/", KeyboardInterrupt),
      ("external.onnx", KeyboardInterrupt)],
 )  # fmt: skip
@@ -473,7 +473,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(path: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "path, message",
+    ("path", "message"),
     [("model.h5", "cannot tell the format of model.h5: use a path that ends in .pt2, .onnx or /"),
      ("model", "cannot tell the format of model: use a path that ends in .pt2, .onnx or /")],
 )  # fmt: skip
@@ -538,7 +538,7 @@ def test_our_own_archives_are_recognised_as_free_of_code(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "before, after, reason",
+    ("before", "after", "reason"),
     [
         ('"use_pickle": false', '"use_pickle": true', "is pickled"),
         ("Symbol('s", "__import__('s", "size expression"),

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import subprocess
-import tempfile
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,6 @@ from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value, topologica
 from rgc.operators import Activation, Add, Call, Concat, Opaque, Slot
 
 TYPE = TensorType((2, 3), torch.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors on many threads spend their time waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, eq=False)

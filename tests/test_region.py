@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,6 @@ from rgc.errors import GraphError, Refusal
 from rgc.ir import Graph, Input, Origin, TensorType, Value
 from rgc.operators import Activation, Add, AvgPool, Concat, Constant, Identity, Multiply, Slot, Structural
 from rgc.region import LONGEST_WALK, Join, Region, affine_regions, join_at, order_of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors on many threads spend their time waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def integers(seed: int, *shape: int) -> Tensor:
