@@ -109,4 +109,6 @@ def _record_calls(model: nn.Module, example: Example) -> dict[str, Example]:
 
 
 def _form(call: Example) -> Any:
-    return tree_map(lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
+    return tree_map(
+        lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
+    )

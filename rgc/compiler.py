@@ -467,7 +467,7 @@ def _report(
         failures=record.failures,
         ops_before=sum(map(operator_counts, before), Counter()),
         ops_after=sum(map(operator_counts, after), Counter()),
-        params_before=_elements(subject.model),
+        params_before=sum(tensor.numel() for tensor in subject.model.parameters()),
         params_after=_elements(attempt.module),
         macs_before=sum(macs(value) for graph in before for value in graph.nodes()),
         macs_after=sum(macs(value) for graph in after for value in graph.nodes()),
@@ -479,7 +479,7 @@ def _report(
 
 
 def _elements(model: nn.Module) -> int:
-    """Elements of the parameters, and of floating-point constants that are no statistics of a batch norm."""
+    """Elements of the parameters and of the constants that rewriting made (bias maps), batch norm statistics aside."""
     constants = [
         buffer for path, buffer in model.named_buffers()
         if buffer.is_floating_point() and not path.endswith(("running_mean", "running_var"))

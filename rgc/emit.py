@@ -121,12 +121,14 @@ class _Emitter:
         self.graph.call_function(torch._assert, (same, message))
 
     def _structure(self, output: Any) -> Any:
-        """The output as torch.fx can write it down; it knows no OrderedDict."""
+        """The output as torch.fx can write it down, which knows neither OrderedDict nor, everywhere, named tuples."""
         if isinstance(output, OrderedDict):
             items = [(key, self._structure(value)) for key, value in output.items()]
             return self.graph.call_function(OrderedDict, (items,))
         if isinstance(output, dict):
             return {key: self._structure(value) for key, value in output.items()}
+        if isinstance(output, tuple) and hasattr(output, "_fields"):
+            return self.graph.call_function(type(output), tuple(self._structure(value) for value in output))
         if type(output) in (list, tuple):
             return type(output)(self._structure(value) for value in output)
         return output
@@ -303,7 +305,9 @@ class _Emitter:
 def _convolution(op: Conv, parameter: Any) -> nn.Module:
     if op.spatial == 0:
         op = ungrouped(op)
-        return _with_parameters(nn.Linear, (op.in_channels, op.out_channels), {"bias": op.bias is not None}, op, parameter)
+        return _with_parameters(
+            nn.Linear, (op.in_channels, op.out_channels), {"bias": op.bias is not None}, op, parameter
+        )
     options: dict[str, Any] = {
         "kernel_size": op.kernel, "stride": op.stride, "padding": tuple(before for before, _ in op.padding),
         "dilation": op.dilation, "groups": op.groups, "bias": op.bias is not None, "padding_mode": op.padding_mode,
@@ -355,10 +359,10 @@ def _batch_norm(op: BatchNorm, cast: Any, parameter: Any) -> nn.Module:
 
 def _avg_pool(op: AvgPool) -> nn.Module:
     options: dict[str, Any] = {"ceil_mode": op.ceil_mode, "count_include_pad": op.count_include_pad}
-    if op.spatial == 1:
-        return nn.AvgPool1d(op.window, op.stride, op.padding, **options)
-    kind: Any = nn.AvgPool2d if op.spatial == 2 else nn.AvgPool3d
-    layer: nn.Module = kind(op.window, op.stride, op.padding, **options, divisor_override=op.divisor_override)
+    if op.spatial > 1:
+        options["divisor_override"] = op.divisor_override
+    kind: Any = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[op.spatial]
+    layer: nn.Module = kind(op.window, op.stride, op.padding, **options)
     return layer
 
 
@@ -378,16 +382,16 @@ _PLAIN: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _ACTIVATIONS: dict[str, Any] = {
     "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "celu": nn.CELU, "selu": nn.SELU,
-    "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "hardswish": nn.Hardswish,
-    "hardsigmoid": nn.Hardsigmoid, "hardtanh": nn.Hardtanh, "softplus": nn.Softplus, "logsigmoid": nn.LogSigmoid,
-    "softsign": nn.Softsign, "tanhshrink": nn.Tanhshrink,
+    "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh,
+    "hardswish": nn.Hardswish, "hardsigmoid": nn.Hardsigmoid, "hardtanh": nn.Hardtanh, "softplus": nn.Softplus,
+    "logsigmoid": nn.LogSigmoid, "softsign": nn.Softsign, "tanhshrink": nn.Tanhshrink,
 }  # fmt: skip
 _HAVE_INPLACE = frozenset({
     "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh",
 })  # fmt: skip
 _BOOKKEEPING = frozenset({
-    "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "contiguous", "sym_size.int",
-    "len", "ge", "OrderedDict",
+    "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "contiguous",
+    "sym_size.int", "len", "ge", "OrderedDict",
 })  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def _rank(binding: Binding) -> Callable[[str], int]:
     return lambda name: order.get(name, last)
 
 
-def _unpacked(tracer: fx.proxy.TracerBase, proxy: fx.Proxy, value: Any, name: str) -> Any:
+def _unpacked(tracer: fx.proxy.TracerBase, proxy: Any, value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         return proxy
     if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
@@ -187,7 +187,9 @@ def _check(tracer: fx.proxy.TracerBase, proxy: fx.Proxy, value: Any, name: str) 
 
 def _is_plain(value: Any) -> bool:
     leaves = tree_flatten(value)[0]
-    return all(leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device) for leaf in leaves)
+    return all(
+        leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device) for leaf in leaves
+    )
 
 
 def output_difference(expected: Any, found: Any) -> float:
@@ -215,9 +217,7 @@ def _plain(output: Any) -> Any:
     return output
 
 
-def copy_model(
-    model: nn.Module, *, share_parameters: bool = False, dtype: torch.dtype | None = None
-) -> nn.Module:
+def copy_model(model: nn.Module, *, share_parameters: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy to run, so that whatever ``forward`` writes, the original stays as it is; cast to ``dtype`` if given.
 
     Unlike ``nn.Module.to`` that takes tensors along which are neither parameters nor buffers, and unlike
@@ -236,7 +236,8 @@ def copy_model(
 @contextmanager
 def unchanged_generators() -> Iterator[None]:
     """Random numbers drawn inside leave the global generators as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
+    devices = list(range(torch.cuda.device_count())) if started else []
     with torch.random.fork_rng(devices=devices):
         yield
 
@@ -267,8 +268,8 @@ class _InFloat64(TorchFunctionMode):
 _LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 _FACTORIES = frozenset({
-    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand, torch.randn,
-    torch.tensor, torch.zeros,
+    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand,
+    torch.randn, torch.tensor, torch.zeros,
 })  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,9 @@ from rgc.errors import TraceError
 from rgc.example import Binding, Example, copy_model, declare, precisely
 from rgc.lift import Source, has_hooks
 from rgc.symbolic_tier import RefuseAutocast
+
+#: A size inside the model may be so many arithmetic operations away from the sizes of the input.
+MOST_OPERATIONS = 50
 
 #: Sizes up to this are tried against what torch.export assumes about an axis, beside multiples of the example's.
 LARGEST_TRIED = 64
@@ -33,15 +37,12 @@ def trace_by_export(model: nn.Module, example: Example) -> tuple[Source, bool]:
         raise TraceError("forward hooks would be lost")
     binding = example.binding(model)
     args, kwargs = binding.call(binding.values)
-    doubled = _with_two_samples(Example(args, kwargs))
-    with _quietly(), torch.no_grad(), precisely(example.tensors), RefuseAutocast():
-        program = torch.export.export(
-            copy_model(model), doubled.args, doubled.kwargs,
-            dynamic_shapes=example.binding(model).signature.bind(
-                *tree_map(_automatic, doubled.args), **tree_map(_automatic, doubled.kwargs)
-            ).arguments,
-            strict=False,
-        ).run_decompositions({})  # fmt: skip
+    try:
+        program = _export(model, Example(args, kwargs), _every_axis)
+    except TraceError:
+        raise
+    except Exception:  # also export itself trips over sizes that are symbols; where it does not, it fails again
+        program = _export(model, Example(args, kwargs), _batch_axis)
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise TraceError("forward overwrites its buffers or its inputs")
@@ -58,8 +59,42 @@ def trace_by_export(model: nn.Module, example: Example) -> tuple[Source, bool]:
     return source, bool(bounds)
 
 
-def _automatic(leaf: Any) -> Any:
-    return {axis: torch.export.Dim.AUTO for axis in range(leaf.dim())} if isinstance(leaf, Tensor) else None
+def _export(model: nn.Module, example: Example, free: Callable[[Any], Any]) -> torch.export.ExportedProgram:
+    doubled = _with_two_samples(example)
+    args, kwargs = tree_map(free, doubled.args), tree_map(free, doubled.kwargs)
+    shapes = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    with _quietly(), torch.no_grad(), precisely(example.tensors), _Watch():
+        program = torch.export.export(
+            copy_model(model), doubled.args, doubled.kwargs, dynamic_shapes=shapes, strict=False
+        )
+        decomposed: torch.export.ExportedProgram = program.run_decompositions({})
+    return decomposed
+
+
+def _every_axis(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+
+def _batch_axis(leaf: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() > 1 else None
+
+
+class _TooComplexError(Exception):
+    """The sizes inside the model are such functions of those of the input that symbolic algebra would take hours."""
+
+
+class _Watch(RefuseAutocast):
+    """A context in which autocast is refused, and so are sizes that are too complex to compute with."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in args:
+            if isinstance(tensor, Tensor) and any(map(_is_too_complex, tensor.shape)):
+                raise _TooComplexError
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _is_too_complex(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.expr.count_ops() > MOST_OPERATIONS
 
 
 def _stored(program: torch.export.ExportedProgram, spec: Any) -> Any:
@@ -161,14 +196,23 @@ def _bounds(users: Sequence[fx.Node], leaves: Sequence[Any]) -> _Bounds:
 
 def _least(symbol: sympy.Symbol, sizes: dict[sympy.Symbol, int], conditions: Sequence[Any]) -> int | None:
     """The size from which on every condition holds; None where there are gaps."""
-    concerned = [each for each in conditions if symbol in each.free_symbols]
+    others = {other: sympy.Integer(size) for other, size in sizes.items() if other != symbol}
+    try:
+        concerned = {each.xreplace(others) for each in conditions if symbol in each.free_symbols} - {sympy.true}
+    except ZeroDivisionError:
+        return None
     if not concerned:
         return 2
     own = sizes[symbol]
-    tried = sorted({*range(2, LARGEST_TRIED), *(own * k + d for k in range(1, 5) for d in (-1, 0, 1) if own * k + d > 1)})
-    good = [size for size in tried if _hold(concerned, {**sizes, symbol: size})]
+    multiples = (own * factor + shift for factor in range(1, 5) for shift in (-1, 0, 1))
+    tried = sorted({*range(2, LARGEST_TRIED), *(size for size in multiples if size > 1)})
+    good = [size for size in tried if _hold(concerned, {symbol: size})]
     return min(good) if good and good == tried[-len(good) :] and min(good) <= own else None
 
 
-def _hold(conditions: Sequence[Any], sizes: dict[sympy.Symbol, int]) -> bool:
-    return all(bool(each.xreplace({s: sympy.Integer(n) for s, n in sizes.items()})) for each in conditions)
+def _hold(conditions: Iterable[Any], sizes: dict[sympy.Symbol, int]) -> bool:
+    numbers = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
+    try:
+        return all(bool(each.xreplace(numbers)) for each in conditions)
+    except ZeroDivisionError:  # a condition on x % n where n comes out as 0
+        return False

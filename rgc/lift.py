@@ -168,10 +168,10 @@ class _Lifter:
     def _handle(self, target: Any, name: str, args: Any, kwargs: Any) -> Value | None:
         """What the table makes of a call; None for a name, a form or a signature that it does not know."""
         if isinstance(target, nn.Module):
-            handler, leading = (None if has_hooks(target) else module_handler(target)), (self, target)
+            handler, leading = (None if has_hooks(target) else module_handler(target)), [self, target]
         else:
             aten = isinstance(target, torch._ops.OpOverload)
-            handler, leading = (_ATEN.get(name) if aten else None) or FUNCTIONS.get(name), (self,)
+            handler, leading = (_ATEN.get(name) if aten else None) or FUNCTIONS.get(name), [self]
         if "input" in kwargs and not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         if handler is None or not _accepts(handler, *leading, *args, **kwargs):
@@ -192,7 +192,9 @@ class _Lifter:
             return Slot(len(values) - 1)
 
         args, kwargs = tree_map(slot, (tuple(args), kwargs), is_leaf=_is_value)
-        by_name = name in STRUCTURAL and not isinstance(target, nn.Module) and args[:1] == (Slot(0),) and len(values) == 1
+        by_name = (
+            name in STRUCTURAL and not isinstance(target, nn.Module) and args[:1] == (Slot(0),) and len(values) == 1
+        )
         kind = Structural if by_name or type(target) in _STRUCTURAL_MODULES else Opaque
         return self.emit(kind(target, args, tuple(kwargs.items())), *values)
 
@@ -635,15 +637,15 @@ _STRUCTURAL_MODULES = frozenset({
 
 
 def module_handler(module: nn.Module) -> Callable[..., Value | None] | None:
-    """The handler of a module whose ``forward`` is still the one that PyTorch wrote; subclasses that only add names too."""
+    """The handler of a module whose ``forward`` is the one that PyTorch wrote, also in a subclass that keeps it."""
     if "forward" in module.__dict__:
         return None
     for kind in type(module).__mro__:
         handler = MODULES.get(kind)
         if handler is not None:
-            same = type(module).forward is kind.forward
-            same_inner = getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
-            return handler if same and same_inner else None
+            methods = ("forward", "_conv_forward")
+            same = all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
+            return handler if same else None
     return None
 
 
@@ -744,7 +746,8 @@ def _per_channel(lifter: _Lifter, value: Value, constant: Any) -> tuple[Tensor, 
     shape = lifter.shape(value)
     if tensor.numel() == 1 and tensor.dim() <= len(shape):
         return tensor.reshape(1), None
-    if tensor.dim() > len(shape) or torch.broadcast_shapes(tensor.shape, shape) != torch.Size(shape):
+    behind = shape[len(shape) - tensor.dim() :]
+    if tensor.dim() > len(shape) or any(n not in (1, m) for n, m in zip(tensor.shape, behind, strict=True)):
         return None
     wide = [axis for axis, n in enumerate(tensor.shape) if n != 1]
     axes = tensor.dim() - 1 - wide[0]
@@ -792,7 +795,8 @@ def _storages(result: Any) -> set[int]:
 def _same_view(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
-    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+    first, second = ((each.shape, each.stride(), int(each.storage_offset())) for each in (a, b))
+    return first == second
 
 
 def _is_value(leaf: Any) -> bool:

@@ -64,7 +64,7 @@ class RefuseAutocast(TorchFunctionMode):
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing in which everything but the tensors of the example (and of the model, if asked) is a constant."""
+    """Symbolic tracing in which all but the tensors of the example (and of the model, if asked) is a constant."""
 
     record_stack_traces = True
 

@@ -1,4 +1,4 @@
-"""What does lifting have to keep? Aliases and in-place writes, constants, hooks, and modules that it only half knows."""
+"""What does lifting have to keep? Aliases and in-place writes, constants, hooks, modules that it only half knows."""
 
 from __future__ import annotations
 

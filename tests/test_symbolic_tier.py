@@ -82,5 +82,7 @@ def test_a_parameter_expanded_to_the_batch_becomes_a_symbol() -> None:
 
 
 def test_an_error_of_the_first_attempt_is_the_one_that_is_told() -> None:
-    with pytest.raises(fx.proxy.TraceError, match="symbolically traced variables cannot be used as inputs to control flow"):
+    with pytest.raises(
+        fx.proxy.TraceError, match="symbolically traced variables cannot be used as inputs to control flow"
+    ):
         trace_symbolically(Model(lambda m, x: x if x.sum() > 0 else m.token).eval(), X)

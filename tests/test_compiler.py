@@ -1,0 +1,207 @@
+"""Does compiling leave everything else as it was, say what it did, and refuse in plain words?"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rgc
+from rgc.errors import InputError, NotEquivalentError, RgcError
+
+X = torch.randn(2, 4, 9, 8)
+
+
+class Model(nn.Module):
+    def __init__(self, forward: Callable[[Any, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 1)
+        self.first.bias.requires_grad_(False)
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.normal_(self.norm.weight)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.body = forward or (lambda m, x: m.second(m.norm(m.first(x))))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def _keeps_a_feature(m: Any, x: Tensor) -> Tensor:
+    m.feature = m.first(x)
+    m.calls += 1
+    return m.second(m.norm(m.feature))
+
+
+def _is_random(m: Any, x: Tensor) -> Tensor:
+    m.feature = m.first(x)
+    return m.feature + torch.rand_like(x)
+
+
+def _raises(m: Any, x: Tensor) -> Tensor:
+    raise ZeroDivisionError("the model's own fault")
+
+
+def _state_of(model: nn.Module) -> Any:
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "identities": [id(tensor) for tensor in [*model.parameters(), *model.buffers()]],
+        "gradients": [parameter.requires_grad for parameter in model.parameters()],
+        "training": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [dict(module._forward_hooks) for module in model.modules()],
+    }
+
+
+CASES: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
+    "success": (Model(), X, {}),
+    "success in another dtype": (Model(), X, {"dtype": torch.float64}),
+    "a model that writes to itself": (Model(_keeps_a_feature), X, {}),
+    "export": (Model(lambda m, x: m.first(x) if x.dim() == 4 else x), X, {}),
+    "control flow on values": (Model(lambda m, x: m.first(x) if x.sum() > -1e9 else x), X, {}),
+    "an input that does not fit": (Model(), torch.randn(1, 5, 9, 8), {}),
+    "an error of the model": (Model(_raises), X, {}),
+    "random outputs": (Model(_is_random), X, {}),
+    "an unknown pass": (Model(), X, {"passes": "no_such_pass"}),
+    "an unknown target": (Model(), X, {"target": "abacus"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_model_and_the_generators_are_left_as_they_were_after(name: str) -> None:
+    model, example, options = CASES[name]
+    model = model.eval()
+    model.second.register_forward_hook(lambda *_: None)
+    before, generator, input_before = _state_of(model), torch.random.get_rng_state(), example.clone()
+    python_state, numpy_state = random.getstate(), np.random.get_state()[1].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with contextlib.suppress(RgcError):
+            rgc.compile(model, example, **options)
+    after = _state_of(model)
+    tensors = before.pop("tensors")
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in after.pop("tensors").items())
+    assert after == before
+    assert torch.equal(generator, torch.random.get_rng_state()) and torch.equal(example, input_before)
+    assert python_state == random.getstate() and np.array_equal(numpy_state, np.random.get_state()[1])
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("table", torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("model", "example", "options", "message"), [
+    (lambda: "model.pt", X, {}, "rgc compiles a torch.nn.Module, not str"),
+    (lambda: Model().train(), X, {}, "the model (Model) is in training mode; call model.eval() first"),
+    (lambda: Model().eval(), None, {}, "Model suggests no example_inputs(); pass an example (--input 1x3x224x224)"),
+    (lambda: Model().eval(), X, {"objective": "beauty"},
+     "unknown objective 'beauty'; choose one of latency, depth, macs, params"),
+    (lambda: Model().eval(), X, {"verify": "no"}, "unknown verification level 'no'; choose one of quick, full"),
+    (lambda: Model(_raises).eval(), X, {}, "Model does not run on an input of 2x4x9x8: the model's own fault"),
+    (lambda: Half().eval(), X, {},
+     "the model mixes the dtypes float32, float64; convert it to one first, e.g. model.float()"),
+])  # fmt: skip
+def test_what_cannot_be_compiled_is_refused_in_one_line(
+    model: Callable[[], Any], example: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        rgc.compile(model(), example, **options)
+    assert str(caught.value) == message
+
+
+def test_a_submodule_in_training_mode_is_refused_by_name() -> None:
+    model = Model().eval()
+    model.norm.train()
+    with pytest.raises(InputError, match=r"the submodule 'norm' \(BatchNorm2d\) is in training mode"):
+        rgc.compile(model, X)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is (deprecated|not supported)")
+def test_torchscript_is_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval())
+    with pytest.raises(InputError, match="a TorchScript module cannot be traced; compile the eager model"):
+        rgc.compile(scripted, torch.randn(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_parameters_without_values_are_refused() -> None:
+    with pytest.raises(InputError, match="uninitialized parameter"):
+        rgc.compile(nn.Sequential(nn.LazyConv2d(4, 3)).eval(), X)
+
+
+def test_the_report_counts_the_parameters_of_the_model_and_of_the_result() -> None:
+    model = Model().eval()
+    report = rgc.compile(model, X, passes=["fold_batchnorm"]).report
+    assert report.params_before == sum(parameter.numel() for parameter in model.parameters()) == 148 + 8 + 20
+    assert report.params_after == 148 + 20
+    assert (report.tier, report.notes, report.fixed_size) == ("torch.fx", [], False)
+
+
+def test_a_model_that_runs_in_its_own_dtype_only_is_proved_in_that_and_says_so() -> None:
+    single = torch.eye(4)[:, :, None, None]
+    model = Model(lambda m, x: nn.functional.conv2d(m.second(m.norm(m.first(x))), single)).eval()
+    compiled = rgc.compile(model, X)
+    assert compiled.report.max_error is None and compiled.report.ops_after["BatchNorm2d"] == 0
+    (note,) = compiled.report.notes
+    assert note.startswith("the model does not run in float64 (") and note.endswith("); proved in float32 instead")
+    torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_model_compiles_to_nothing() -> None:
+    compiled = rgc.compile(nn.Sequential().eval(), X)
+    assert torch.equal(compiled(X), X) and compiled.report.ops_after.total() == 0
+
+
+@rgc.rewrite(lambda x, relu: relu(x))
+def lose_relu(x: rgc.Value, relu: rgc.Activation) -> rgc.Value:
+    """Wrong on purpose."""
+    return rgc.Identity("lost")(x)
+
+
+def test_a_wrong_rewrite_is_undone_and_reported_or_stops_a_strict_compilation() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
+    report = rgc.compile(model, X, passes=[lose_relu]).report
+    assert [failure.rewrite for failure in report.failures] == ["lose_relu"] and report.ops_after["ReLU"] == 1
+    with pytest.raises(NotEquivalentError, match="lose_relu at 1"):
+        rgc.compile(model, X, passes=[lose_relu], strict=True)
+
+
+class Narrow(nn.Module):
+    """Casts to the dtype of the proof by name: only the model as a whole keeps its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.dtype != torch.float16 else self.conv(x) * 2  # type: ignore[no-any-return]
+
+
+def test_a_trace_that_holds_in_float64_only_gives_way_to_the_model_itself() -> None:
+    model = Narrow().eval().half()
+    x = X.half()
+    compiled = rgc.compile(model, x)
+    assert compiled.report.tier == "submodules"
+    assert any(
+        note.startswith("torch.export: the compiled model differs from the original by")
+        for note in compiled.report.notes
+    )
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_a_plan_compiles_another_checkpoint_with_the_same_rewrites() -> None:
+    model, other = Model().eval(), Model().eval()
+    compiled = rgc.compile(model, X).plan.apply(other.state_dict())
+    torch.testing.assert_close(compiled(X), other(X), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="the checkpoint does not fit the model"):
+        compiled.plan.apply({})
