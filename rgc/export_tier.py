@@ -21,8 +21,11 @@ from rgc.example import Binding, Example, copy_model, declare, precisely
 from rgc.lift import Source, has_hooks
 from rgc.symbolic_tier import RefuseAutocast
 
-#: A size inside the model may be so many arithmetic operations away from the sizes of the input.
-MOST_OPERATIONS = 50
+#: A size inside the model may be so many arithmetic operations away from the sizes of the input ...
+MOST_OPERATIONS = 24
+
+#: ... and so many conditions on sizes may be met; with more of either, symbolic algebra takes minutes to hours.
+MOST_CONDITIONS = 100
 
 #: Sizes up to this are tried against what torch.export assumes about an axis, beside multiples of the example's.
 LARGEST_TRIED = 64
@@ -80,7 +83,7 @@ def _batch_axis(leaf: Any) -> Any:
 
 
 class _TooComplexError(Exception):
-    """The sizes inside the model are such functions of those of the input that symbolic algebra would take hours."""
+    """The sizes inside the model are involved functions of those of the input."""
 
 
 class _Watch(RefuseAutocast):
@@ -89,12 +92,14 @@ class _Watch(RefuseAutocast):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in args:
             if isinstance(tensor, Tensor) and any(map(_is_too_complex, tensor.shape)):
-                raise _TooComplexError
+                raise _TooComplexError("sizes inside the model are too involved functions of the input's")
         return super().__torch_function__(func, types, args, kwargs)
 
 
 def _is_too_complex(size: int | torch.SymInt) -> bool:
-    return isinstance(size, torch.SymInt) and size.node.expr.count_ops() > MOST_OPERATIONS
+    if not isinstance(size, torch.SymInt):
+        return False
+    return len(size.node.shape_env.guards) > MOST_CONDITIONS or size.node.expr.count_ops() > MOST_OPERATIONS
 
 
 def _stored(program: torch.export.ExportedProgram, spec: Any) -> Any:
