@@ -99,7 +99,9 @@ class _Watch(RefuseAutocast):
 def _is_too_complex(size: int | torch.SymInt) -> bool:
     if not isinstance(size, torch.SymInt):
         return False
-    return len(size.node.shape_env.guards) > MOST_CONDITIONS or size.node.expr.count_ops() > MOST_OPERATIONS
+    environment = size.node.shape_env
+    met = 0 if environment is None else len(environment.guards)
+    return met > MOST_CONDITIONS or size.node.expr.count_ops() > MOST_OPERATIONS
 
 
 def _stored(program: torch.export.ExportedProgram, spec: Any) -> Any:
