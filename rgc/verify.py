@@ -30,8 +30,8 @@ DRAWS: dict[str, int] = {"quick": 4, "full": 50}
 #: Where sizes are free, drawn inputs are at most about so wide: borders show at any size.
 LARGEST_DRAWN = 64
 
-#: The compiled model may be so many times as far from the float64 original as the original itself ...
-NOISE_MULTIPLE = 4.0
+#: The compiled model may be so many times as far from the float64 original as the original itself was at its worst ...
+NOISE_MULTIPLE = 8.0
 
 #: ... plus so many units in the last place of the output's scale, for originals that happen to round well.
 NOISE_FLOOR = 8.0
@@ -103,7 +103,8 @@ class Pair:
         original, result = deployed.run(self.original), _run(self.compiled, deployed)
         own, found = (output_difference(expected, _on_cpu(output)) for output in (original, result))
         _require_same_dtypes(original, result)
-        allowed = max(NOISE_MULTIPLE * own + NOISE_FLOOR * torch.finfo(self.dtype).eps, TOLERANCE)
+        worst.own = max(worst.own, own)
+        allowed = max(NOISE_MULTIPLE * worst.own + NOISE_FLOOR * torch.finfo(self.dtype).eps, TOLERANCE)
         if not found <= allowed:
             raise NotEquivalentError(
                 f"differs by {found:.1e} of its scale in {str(self.dtype).removeprefix('torch.')} "
@@ -115,7 +116,7 @@ class Pair:
                 f"differs from the original by {direct:.1e} of its scale in {str(self.dtype).removeprefix('torch.')}, "
                 f"which itself computes something else in float64 ({own:.1e} away)"
             )
-        worst.deployed, worst.own = max(worst.deployed, found), max(worst.own, own)
+        worst.deployed = max(worst.deployed, found)
         worst.allowed, worst.count = max(worst.allowed, allowed), worst.count + 1
 
 

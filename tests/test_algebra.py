@@ -390,9 +390,9 @@ def affine_operands(rank: int, channels: int) -> st.SearchStrategy[Linear]:
         return Scale(integers(seed, channels), integers(seed + 1, channels), rank)
 
     def batch_norm(seed: int) -> BatchNorm:
-        var = 4.0 ** integers(seed, channels, low=-2, high=3)  # powers of two under the root
+        var = 4.0 ** integers(seed, channels, low=0, high=3) - 0.25  # with eps, powers of two under the root
         weight, bias = (integers(seed + i, channels) for i in (1, 2))
-        return BatchNorm(integers(seed + 3, channels), var, weight, bias, 0.0, rank)
+        return BatchNorm(integers(seed + 3, channels), var, weight, bias, 0.25, rank)
 
     pools = [AvgPool((2,) * rank, (s,) * rank, (p,) * rank) for s in (1, 2, 3) for p in (0, 1)] if rank else []
     plain = [Identity(), Scale(torch.tensor([-2.0]), torch.tensor([3.0])), *pools]
@@ -519,7 +519,8 @@ def test_transposed_branches_of_one_geometry_add(a: Conv, seed: int) -> None:
 
 
 def test_the_three_branches_of_repvgg_are_one_3x3() -> None:
-    norm = BatchNorm(integers(1, 4), 4.0 ** integers(2, 4, low=-1, high=2), integers(3, 4), integers(4, 4), 0.0, 2)
+    var = 4.0 ** integers(2, 4, low=0, high=2) - 0.25
+    norm = BatchNorm(integers(1, 4), var, integers(3, 4), integers(4, 4), 0.25, 2)
     three, one = Conv(integers(5, 4, 4, 3, 3), integers(6, 4), padding=1), Conv(integers(7, 4, 4, 1, 1))
     merged = (three + one) + norm
     assert isinstance(merged, Conv) and merged.kernel == (3, 3) and merged.padding == ((1, 1), (1, 1))
@@ -697,7 +698,7 @@ def test_what_an_unpadded_convolution_would_pad_with_does_not_count() -> None:
 
 
 def test_a_batch_norm_before_a_padded_convolution_needs_a_bias_map() -> None:
-    norm = BatchNorm(integers(1, 2, low=1), 4 * ones(2), integers(2, 2), integers(3, 2), 0.0, 2)
+    norm = BatchNorm(integers(1, 2, low=1), 3.75 * ones(2), integers(2, 2), integers(3, 2), 0.25, 2)
     second = three_by_three(4, bias=True)
     with pytest.raises(Refusal, match="bias map"):
         second @ norm
