@@ -50,7 +50,7 @@ def main() -> None:
             compiling[name].append(
                 seconds(lambda model=model, x=examples[name]: rgc.compile(model, x, passes=options.passes))
             )
-    table = Table("model", "input", "rgc.compile [s]", "one forward [s]", box=MARKDOWN)
+    table = Table("model", "input", "rgc.compile, s", "one forward, s", box=MARKDOWN)
     for name, (_, shape) in MODELS.items():
         row = statistics.median(compiling[name]), statistics.median(forward[name])
         table.add_row(name, "x".join(map(str, shape)), *(f"{value:.2f}" for value in row))

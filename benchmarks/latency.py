@@ -56,7 +56,7 @@ def main() -> None:
     torch.manual_seed(0)
     console = Console(width=140)
     table = Table(
-        "model", "passes", "operators", "before [ms]", "after [ms]", "before / after", "quartiles", box=MARKDOWN
+        "model", "passes", "operators", "before, ms", "after, ms", "before / after", "quartiles", box=MARKDOWN
     )
     for name, (build, size, passes) in track(MODELS.items(), "measuring", console=Console(stderr=True)):
         model = randomize(build()).to(options.device, getattr(torch, options.dtype))
