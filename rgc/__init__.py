@@ -6,7 +6,7 @@
 Counter({'Conv2d': 1})
 """
 
-from rgc import nn, testing
+from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
@@ -31,13 +31,15 @@ from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.verify import verify
 
+from rgc import passes  # isort: skip  # the built-in passes use only the public names above
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
     "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply",
-    "NotEquivalentError",
-    "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale",
-    "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add", "border", "compile",
-    "compose", "graph_pass", "load", "nn", "require", "rewrite", "save", "testing", "unit", "verify",
+    "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite",
+    "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add",
+    "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes", "require", "rewrite", "save",
+    "testing", "unit", "verify",
 ]  # fmt: skip
