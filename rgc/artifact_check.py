@@ -6,7 +6,6 @@ and what it holds may take the batch of its example and no other.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rgc.compiler import device_of, floating_dtype
 from rgc.errors import InputError, NotEquivalentError
-from rgc.frontend import Example
+from rgc.example import Example, copy_model
 from rgc.onnx_artifact import OnnxModel
 from rgc.report import Verification
 from rgc.verify import Level, Pair
@@ -55,7 +54,7 @@ def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level
             accepted[_shapes(drawn)] = _takes(artifact, drawn.cast(dtype).to(device))
         return accepted[_shapes(drawn)]
 
-    deployed = _flat(copy.deepcopy(original).to(device, dtype))
+    deployed = _flat(copy_model(original, dtype=dtype).to(device))
     precise = _flat(reference) if precision == torch.float64 else None
     pair = Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
     try:
@@ -80,13 +79,13 @@ def _dtype_of(artifact: nn.Module, original: nn.Module, example: Example) -> tor
 def _reference(original: nn.Module, example: Example) -> tuple[nn.Module, torch.dtype]:
     """The original on the CPU, in float64 or, if it runs in its own dtype only, in that."""
     own = floating_dtype(original, example)
-    precise = copy.deepcopy(original).cpu().double().requires_grad_(False)
+    precise = copy_model(original, dtype=torch.float64).cpu().requires_grad_(False)
     try:
         example.cast(torch.float64).run(precise)
         return precise, torch.float64
     except (RuntimeError, TypeError):
         pass  # it may have a dtype written into it; the next run tells that from an input that it does not take
-    plain = copy.deepcopy(original).cpu().requires_grad_(False)
+    plain = copy_model(original).cpu().requires_grad_(False)
     try:
         example.cast(own).run(plain)
         return plain, own

@@ -120,3 +120,13 @@ def test_inputs_that_one_of_the_two_does_not_take_are_refused() -> None:
         compare(nn.Linear(5, 4).eval(), nn.Linear(6, 4).eval(), EXAMPLE)
     with pytest.raises(InputError, match="the artifact does not take an input of 2x6"):
         compare(nn.Linear(6, 4).eval(), nn.Linear(5, 4).eval(), EXAMPLE)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")  # the deprecated form is what has the hook
+def test_an_original_whose_weight_a_hook_computes_is_compared_too() -> None:
+    layer = nn.Linear(6, 4)
+    plain = nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    hooked = nn.utils.weight_norm(layer).eval()
+    hooked(*EXAMPLE.args)  # leaves a weight with a gradient history behind, which copy.deepcopy refuses
+    assert compare(hooked, plain.eval(), EXAMPLE).equal
