@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from rgc.errors import TraceError
 from rgc.example import Binding, Example, copy_model, declare, precisely
-from rgc.lift import Source, has_hooks
+from rgc.lift import Source
+from rgc.modules import has_hooks
 from rgc.symbolic_tier import RefuseAutocast
 
 #: A size inside the model may be so many arithmetic operations away from the sizes of the input ...

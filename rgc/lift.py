@@ -21,22 +21,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from rgc.algebra import Conv, Scale
 from rgc.errors import TraceError
+from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler
 from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
-from rgc.operators import (
-    Activation,
-    Add,
-    AvgPool,
-    BatchNorm,
-    Concat,
-    Constant,
-    Identity,
-    Multiply,
-    Opaque,
-    Slot,
-    Structural,
-)
+from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler
+from rgc.operators import Activation, Constant, Opaque, Slot, Structural
 
 
 @dataclass(frozen=True)
@@ -53,16 +42,6 @@ class Source:
 def lift(source: Source, dtype: torch.dtype, fixed: bool) -> Graph:
     """The graph of operators for ``source``; types are of ``dtype`` where the example is floating point."""
     return _Lifter(source, dtype, fixed).run()
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Does the table know this very module, hooks and overridden methods excluded? Others are traced into."""
-    return has_hooks(module) or module_handler(module) is not None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Would looking into the module lose a hook that the user put there?"""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class _Lifter:
@@ -157,7 +136,7 @@ class _Lifter:
         if result is None:
             result = self._opaque(node, target, name, inplace, args, kwargs)
         if isinstance(result, Value) and isinstance(result.op, Activation) and inplace:
-            self._mark_inplace(result)
+            self.mark_inplace(result)
         if inplace:
             self._rebind(node, result)
         else:
@@ -165,13 +144,13 @@ class _Lifter:
         if node.target in _EFFECTS and isinstance(result, Value):
             self.effects.append(result)
 
-    def _handle(self, target: Any, name: str, args: Any, kwargs: Any) -> Value | None:
+    def _handle(self, target: Any, name: str, args: Any, kwargs: Any) -> Any:
         """What the table makes of a call; None for a name, a form or a signature that it does not know."""
         if isinstance(target, nn.Module):
             handler, leading = (None if has_hooks(target) else module_handler(target)), [self, target]
         else:
             aten = isinstance(target, torch._ops.OpOverload)
-            handler, leading = (_ATEN.get(name) if aten else None) or FUNCTIONS.get(name), [self]
+            handler, leading = (ATEN.get(name) if aten else None) or FUNCTIONS.get(name), [self]
         if "input" in kwargs and not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         if handler is None or not _accepts(handler, *leading, *args, **kwargs):
@@ -195,7 +174,7 @@ class _Lifter:
         by_name = (
             name in STRUCTURAL and not isinstance(target, nn.Module) and args[:1] == (Slot(0),) and len(values) == 1
         )
-        kind = Structural if by_name or type(target) in _STRUCTURAL_MODULES else Opaque
+        kind = Structural if by_name or type(target) in STRUCTURAL_MODULES else Opaque
         return self.emit(kind(target, args, tuple(kwargs.items())), *values)
 
     # --- bindings and memory -------------------------------------------------------------------------------------
@@ -260,7 +239,7 @@ class _Lifter:
         bound = self.env.get(node)
         return self.real.get(bound) if isinstance(bound, Value) else bound
 
-    def _mark_inplace(self, value: Value) -> None:
+    def mark_inplace(self, value: Value) -> None:
         assert isinstance(value.op, Activation)
         value.op = replace(value.op, inplace=True)
 
@@ -292,364 +271,6 @@ class _Lifter:
         value = Value(Constant(leaf), (), self._type(leaf), Origin((), "a constant output"), "constant")
         self.real[value] = leaf
         return value
-
-
-# --- the table: functions ----------------------------------------------------------------------------------------
-
-
-def _conv(lifter: _Lifter, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-          dilation: Any = 1, groups: int = 1, padding_mode: str = "zeros") -> Value | None:  # fmt: skip
-    if not isinstance(x, Value) or not _are_tensors(weight, bias):
-        return None
-    rank = weight.dim() - 2
-    kernel, steps = weight.shape[2:], _tuple(dilation, rank)
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
-        padding = tuple((total // 2, total - total // 2) for total in totals)
-    elif padding == "valid":
-        padding = 0
-    else:
-        padding = _tuple(padding, rank)
-    op = Conv(weight, bias, _tuple(stride, rank), padding, steps, groups, padding_mode)  # type: ignore[arg-type]
-    return lifter.emit(op, x)
-
-
-def _conv_transpose(lifter: _Lifter, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-                    output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Value | None:  # fmt: skip
-    if not isinstance(x, Value) or not _are_tensors(weight, bias):
-        return None
-    rank = weight.dim() - 2
-    op = Conv(
-        weight, bias, _tuple(stride, rank), _tuple(padding, rank), _tuple(dilation, rank), groups,
-        transposed=True, output_padding=_tuple(output_padding, rank),
-    )  # fmt: skip
-    return lifter.emit(op, x)
-
-
-def _linear(lifter: _Lifter, x: Any, weight: Any, bias: Any = None) -> Value | None:
-    if not isinstance(x, Value) or not _are_tensors(weight, bias) or weight.dim() != 2:
-        return None
-    return lifter.emit(Conv(weight, bias), x)
-
-
-def _batch_norm(lifter: _Lifter, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None,
-                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Value | None:  # fmt: skip
-    if not isinstance(x, Value) or training or not _are_tensors(mean, var, weight, bias) or mean is None:
-        return None
-    return lifter.emit(BatchNorm(mean, var, weight, bias, eps, len(lifter.shape(x)) - 2), x)
-
-
-def _aten_batch_norm(lifter: _Lifter, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
-                     momentum: float, eps: float, cudnn: bool = True) -> Value | None:  # fmt: skip
-    return _batch_norm(lifter, x, mean, var, weight, bias, training, momentum, eps)
-
-
-def _aten_batch_norm_no_training(lifter: _Lifter, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
-                                 momentum: float, eps: float) -> Any:  # fmt: skip
-    result = _batch_norm(lifter, x, mean, var, weight, bias, False, momentum, eps)
-    return None if result is None else (result, None, None)
-
-
-def _aten_convolution(lifter: _Lifter, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-                      transposed: bool, output_padding: Any, groups: int) -> Value | None:  # fmt: skip
-    if transposed:
-        return _conv_transpose(lifter, x, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv(lifter, x, weight, bias, stride, padding, dilation, groups)
-
-
-def _avg_pool(rank: int) -> Callable[..., Value | None]:
-    def handle(lifter: _Lifter, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-               count_include_pad: bool = True, divisor_override: int | None = None) -> Value | None:  # fmt: skip
-        window = _tuple(kernel_size, rank)
-        step = window if stride is None or stride == () or stride == [] else _tuple(stride, rank)
-        op = AvgPool(window, step, _tuple(padding, rank), ceil_mode, count_include_pad, divisor_override)
-        return lifter.emit(op, x)
-
-    return handle
-
-
-def _activation(name: str) -> Callable[..., Value | None]:
-    def handle(lifter: _Lifter, x: Any, *args: Any, **options: Any) -> Value | None:
-        if args and name in _POSITIONAL:
-            options.update(zip(_POSITIONAL[name], args, strict=False))
-        elif args:
-            return None
-        if not isinstance(x, Value) or any(isinstance(option, Value) for option in options.values()):
-            return None
-        numbers = {key: _number(value) for key, value in options.items()}
-        return lifter.emit(Activation(name, tuple(sorted(numbers.items()))), x)
-
-    return handle
-
-
-def _prelu(lifter: _Lifter, x: Any, weight: Any) -> Value | None:
-    if not isinstance(x, Value) or not _are_tensors(weight):
-        return None
-    return lifter.emit(Activation("prelu", weight=weight), x)
-
-
-def _dropout(lifter: _Lifter, x: Any, p: float = 0.5, training: Any = True, train: Any = None) -> Value | None:
-    if (training if train is None else train) and p > 0:
-        return None
-    return lifter.emit(Identity("dropout"), x)
-
-
-def _add(lifter: _Lifter, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    if alpha in (1, -1):
-        return _sum(lifter, x, y, int(alpha))
-    scaled = _multiply(lifter, y, alpha) if isinstance(y, Value) else y * alpha
-    return None if scaled is None else _sum(lifter, x, scaled, 1)
-
-
-def _subtract(lifter: _Lifter, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    return _add(lifter, x, y, -alpha)
-
-
-def _subtract_from(lifter: _Lifter, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    return _add(lifter, y, x, -alpha)
-
-
-def _sum(lifter: _Lifter, x: Any, y: Any, sign: int) -> Value | None:
-    if isinstance(x, Value) and isinstance(y, Value):
-        if not _are_floating(lifter, x, y):
-            return None
-        return lifter.emit(Add(sign), x, y)
-    value, constant = (x, y) if isinstance(x, Value) else (y, x)
-    if not _are_floating(lifter, value):
-        return None
-    per_channel = _per_channel(lifter, value, constant)
-    if per_channel is None:
-        return None
-    tensor, axes = per_channel
-    one = tensor.new_ones(1)
-    if value is x:
-        return lifter.emit(Scale(one, sign * tensor, axes), value)
-    return lifter.emit(Scale(sign * one, tensor, axes), value)
-
-
-def _multiply(lifter: _Lifter, x: Any, y: Any) -> Value | None:
-    if isinstance(x, Value) and isinstance(y, Value):
-        return lifter.emit(Multiply(), x, y) if _are_floating(lifter, x, y) else None
-    value, constant = (x, y) if isinstance(x, Value) else (y, x)
-    per_channel = _per_channel(lifter, value, constant) if _are_floating(lifter, value) else None
-    if per_channel is None:
-        return None
-    tensor, axes = per_channel
-    return lifter.emit(Scale(tensor, tensor.new_zeros(1), axes), value)
-
-
-def _divide(lifter: _Lifter, x: Any, y: Any, rounding_mode: str | None = None) -> Value | None:
-    if isinstance(y, Value) or rounding_mode is not None or isinstance(y, bool):
-        return None
-    return _multiply(lifter, x, 1.0 / y)
-
-
-def _negate(lifter: _Lifter, x: Any) -> Value | None:
-    return _multiply(lifter, x, -1.0)
-
-
-def _lerp(lifter: _Lifter, start: Any, end: Any, weight: Any) -> Value | None:
-    if isinstance(weight, Value):
-        return None
-    kept = _multiply(lifter, start, 1 - weight)
-    added = _multiply(lifter, end, weight)
-    return None if kept is None or added is None else _sum(lifter, kept, added, 1)
-
-
-def _concat(lifter: _Lifter, tensors: Any, dim: int = 0, axis: int | None = None) -> Value | None:
-    where = dim if axis is None else axis
-    if not isinstance(tensors, list | tuple) or not all(isinstance(each, Value) for each in tensors):
-        return None
-    if not _are_floating(lifter, *tensors):
-        return None
-    rank = len(lifter.shape(tensors[0]))
-    return lifter.emit(Concat(where if where < 0 else where - rank), *tensors)
-
-
-def _reshape(lifter: _Lifter, x: Any, *shape: Any, **options: Any) -> Value | None:
-    """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest."""
-    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
-    if options or not isinstance(x, Value) or not sizes or not isinstance(sizes[0], Value):
-        return None
-    if any(isinstance(n, Value) for n in sizes[1:]) or not _is_batch_size(lifter, sizes[0], x):
-        return None
-    if sizes[1:] == (-1,):
-        return lifter.emit(Structural(torch.flatten, (Slot(0), 1)), x)
-    if -1 in sizes:
-        return None
-    return lifter.emit(Structural(torch.reshape, (Slot(0), (-1, *sizes[1:]))), x)
-
-
-def _is_batch_size(lifter: _Lifter, size: Value, x: Value) -> bool:
-    """Is ``size`` the length of the first axis of ``x``, or of an input of that length?"""
-    measured = size.inputs[0] if size.inputs else size
-    args = size.op.args if isinstance(size.op, Opaque | Structural) else ()
-    if size.op.label == "getitem" and args[1:] == (0,):  # x.shape[0], x.size()[0]
-        if measured.op.label not in {"getattr", "size"}:
-            return False
-        measured = measured.inputs[0]
-    elif args[1:] != (0,) or size.op.label not in {"size", "sym_size.int"}:
-        return False
-    same = measured is x or isinstance(measured.op, Input)
-    return same and lifter.real.get(size) == lifter.shape(x)[0]
-
-
-FUNCTIONS: dict[str, Callable[..., Value | None]] = {
-    "view": _reshape, "reshape": _reshape,
-    "conv1d": _conv, "conv2d": _conv, "conv3d": _conv,
-    "conv_transpose1d": _conv_transpose, "conv_transpose2d": _conv_transpose, "conv_transpose3d": _conv_transpose,
-    "linear": _linear, "batch_norm": _batch_norm,
-    "avg_pool1d": _avg_pool(1), "avg_pool2d": _avg_pool(2), "avg_pool3d": _avg_pool(3),
-    "add": _add, "radd": _add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
-    "mul": _multiply, "rmul": _multiply, "multiply": _multiply, "div": _divide, "truediv": _divide,
-    "true_divide": _divide, "divide": _divide, "neg": _negate, "negative": _negate, "lerp": _lerp,
-    "cat": _concat, "concat": _concat, "concatenate": _concat,
-    "dropout": _dropout, "dropout1d": _dropout, "dropout2d": _dropout, "dropout3d": _dropout, "alpha_dropout": _dropout,
-    "feature_dropout": _dropout, "feature_alpha_dropout": _dropout, "prelu": _prelu,
-}  # fmt: skip
-
-#: Elementwise functions, with the names of the options that may come by position.
-_POSITIONAL: dict[str, tuple[str, ...]] = {
-    "relu": (), "relu6": (), "leaky_relu": ("negative_slope",), "elu": ("alpha",), "celu": ("alpha",), "selu": (),
-    "gelu": (), "silu": (), "mish": (), "sigmoid": (), "tanh": (), "hardswish": (), "hardsigmoid": (),
-    "hardtanh": ("min_val", "max_val"), "softplus": ("beta", "threshold"), "logsigmoid": (), "softsign": (),
-    "tanhshrink": (),
-}  # fmt: skip
-FUNCTIONS.update({name: _activation(name) for name in _POSITIONAL})
-
-_ATEN: dict[str, Callable[..., Value | None]] = {
-    "batch_norm": _aten_batch_norm,
-    "_native_batch_norm_legit_no_training": _aten_batch_norm_no_training,
-    "convolution": _aten_convolution,
-}
-
-#: Calls that are affine in their one tensor input, whatever their other arguments are.
-STRUCTURAL = frozenset({
-    "flatten", "reshape", "view", "permute", "transpose", "t", "swapaxes", "movedim", "contiguous", "clone", "squeeze",
-    "unsqueeze", "unflatten", "flip", "roll", "narrow", "select", "slice", "getitem", "chunk", "split", "unbind",
-    "mean", "sum", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "expand", "expand_as", "repeat",
-})  # fmt: skip
-
-
-# --- the table: modules ------------------------------------------------------------------------------------------
-
-
-def _conv_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-    return _shared(lifter, module, _conv, x, module.weight, module.bias, module.stride, module.padding,
-                   module.dilation, module.groups, module.padding_mode)  # fmt: skip
-
-
-def _conv_transpose_module(lifter: _Lifter, module: Any, x: Any, output_size: Any = None) -> Value | None:
-    if output_size is not None or module.padding_mode != "zeros":
-        return None
-    return _shared(lifter, module, _conv_transpose, x, module.weight, module.bias, module.stride, module.padding,
-                   module.output_padding, module.groups, module.dilation)  # fmt: skip
-
-
-def _linear_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-    return _shared(lifter, module, _linear, x, module.weight, module.bias)
-
-
-def _batch_norm_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-    if module.running_mean is None:
-        count = module.num_features
-        zero, one = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
-        op = BatchNorm(zero, one, module.weight, module.bias, module.eps, len(lifter.shape(x)) - 2, training=True)
-        return lifter.emit(lifter.shared(module, lambda: op), x)
-    return _shared(lifter, module, _batch_norm, x, module.running_mean, module.running_var, module.weight, module.bias,
-                   False, 0.1, module.eps)  # fmt: skip
-
-
-def _avg_pool_module(rank: int) -> Callable[..., Value | None]:
-    def handle(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-        override = getattr(module, "divisor_override", None)  # AvgPool1d has none
-        return _avg_pool(rank)(
-            lifter, x, module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad,
-            override,
-        )  # fmt: skip
-
-    return handle
-
-
-def _activation_module(name: str, *options: str) -> Callable[..., Value | None]:
-    def handle(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-        result = _activation(name)(lifter, x, **{option: getattr(module, option) for option in options})
-        if result is not None and getattr(module, "inplace", False):  # not every activation has the option
-            lifter._mark_inplace(result)
-        return result
-
-    return handle
-
-
-def _prelu_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-    return _prelu(lifter, x, module.weight)
-
-
-def _identity_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-    return lifter.emit(Identity("identity"), x)
-
-
-def _dropout_module(lifter: _Lifter, module: Any, x: Any) -> Value | None:
-    return _dropout(lifter, x, module.p, module.training)
-
-
-def _shared(
-    lifter: _Lifter, module: nn.Module, handler: Callable[..., Value | None], x: Any, *args: Any
-) -> Value | None:
-    """Lift by ``handler``; a module that is called again reuses its first operator where that fits."""
-    known = lifter.operators.get(id(module))
-    if known is not None and (not isinstance(known, BatchNorm) or known.axes == len(lifter.shape(x)) - 2):
-        return lifter.emit(known, x)
-    result = handler(lifter, x, *args)
-    if result is not None:
-        lifter.operators[id(module)] = result.op
-    return result
-
-
-MODULES: dict[type[nn.Module], Callable[..., Value | None]] = {
-    nn.Conv1d: _conv_module, nn.Conv2d: _conv_module, nn.Conv3d: _conv_module,
-    nn.ConvTranspose1d: _conv_transpose_module, nn.ConvTranspose2d: _conv_transpose_module,
-    nn.ConvTranspose3d: _conv_transpose_module, nn.Linear: _linear_module,
-    nn.BatchNorm1d: _batch_norm_module, nn.BatchNorm2d: _batch_norm_module, nn.BatchNorm3d: _batch_norm_module,
-    nn.SyncBatchNorm: _batch_norm_module,
-    nn.AvgPool1d: _avg_pool_module(1), nn.AvgPool2d: _avg_pool_module(2), nn.AvgPool3d: _avg_pool_module(3),
-    nn.ReLU: _activation_module("relu"), nn.ReLU6: _activation_module("relu6"),
-    nn.LeakyReLU: _activation_module("leaky_relu", "negative_slope"), nn.ELU: _activation_module("elu", "alpha"),
-    nn.CELU: _activation_module("celu", "alpha"), nn.SELU: _activation_module("selu"),
-    nn.GELU: _activation_module("gelu", "approximate"), nn.SiLU: _activation_module("silu"),
-    nn.Mish: _activation_module("mish"), nn.Sigmoid: _activation_module("sigmoid"), nn.Tanh: _activation_module("tanh"),
-    nn.Hardswish: _activation_module("hardswish"), nn.Hardsigmoid: _activation_module("hardsigmoid"),
-    nn.Hardtanh: _activation_module("hardtanh", "min_val", "max_val"),
-    nn.Softplus: _activation_module("softplus", "beta", "threshold"), nn.LogSigmoid: _activation_module("logsigmoid"),
-    nn.Softsign: _activation_module("softsign"), nn.Tanhshrink: _activation_module("tanhshrink"),
-    nn.PReLU: _prelu_module, nn.Identity: _identity_module,
-    nn.Dropout: _dropout_module, nn.Dropout1d: _dropout_module, nn.Dropout2d: _dropout_module,
-    nn.Dropout3d: _dropout_module, nn.AlphaDropout: _dropout_module, nn.FeatureAlphaDropout: _dropout_module,
-}  # fmt: skip
-
-_STRUCTURAL_MODULES = frozenset({
-    nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.PixelShuffle,
-    nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d,
-    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
-    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d,
-})  # fmt: skip
-
-
-def module_handler(module: nn.Module) -> Callable[..., Value | None] | None:
-    """The handler of a module whose ``forward`` is the one that PyTorch wrote, also in a subclass that keeps it."""
-    if "forward" in module.__dict__:
-        return None
-    for kind in type(module).__mro__:
-        handler = MODULES.get(kind)
-        if handler is not None:
-            methods = ("forward", "_conv_forward")
-            same = all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
-            return handler if same else None
-    return None
-
-
-# --- helpers -----------------------------------------------------------------------------------------------------
 
 
 def _canonical(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, bool]:
@@ -701,7 +322,7 @@ def _out_of_place(node: fx.Node, target: Any, name: str) -> Any:
     raise TraceError(f"{node.name} calls {target} in place, and rgc knows no form of it that leaves its input alone")
 
 
-def _accepts(handler: Callable[..., Value | None], *args: Any, **kwargs: Any) -> bool:
+def _accepts(handler: Handler, *args: Any, **kwargs: Any) -> bool:
     try:
         inspect.signature(handler).bind(*args, **kwargs)
     except TypeError:
@@ -734,46 +355,6 @@ _EFFECTS = frozenset({torch._assert, torch.ops.aten._assert_async.msg, torch.ops
 def _is_random(target: Any) -> bool:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name.startswith(("rand", "bernoulli", "normal", "multinomial"))
-
-
-def _per_channel(lifter: _Lifter, value: Value, constant: Any) -> tuple[Tensor, int | None] | None:
-    """A constant as one number per channel, with the number of axes behind the channels; None if it is not that."""
-    if isinstance(constant, bool | complex) or not isinstance(constant, int | float | Tensor):
-        return None
-    tensor = constant if isinstance(constant, Tensor) else torch.tensor(float(constant), dtype=torch.float64)
-    if not tensor.is_floating_point():
-        tensor = tensor.double()
-    shape = lifter.shape(value)
-    if tensor.numel() == 1 and tensor.dim() <= len(shape):
-        return tensor.reshape(1), None
-    behind = shape[len(shape) - tensor.dim() :]
-    if tensor.dim() > len(shape) or any(n not in (1, m) for n, m in zip(tensor.shape, behind, strict=True)):
-        return None
-    wide = [axis for axis, n in enumerate(tensor.shape) if n != 1]
-    axes = tensor.dim() - 1 - wide[0]
-    if len(wide) != 1 or axes >= len(shape) - 1:  # the batch axis is no channel axis
-        return None
-    return tensor.reshape(-1), axes
-
-
-def _are_tensors(*given: Any) -> bool:
-    return all(each is None or isinstance(each, Tensor) for each in given)
-
-
-def _are_floating(lifter: _Lifter, *values: Any) -> bool:
-    reals = [lifter.real.get(value) if isinstance(value, Value) else None for value in values]
-    return all(isinstance(real, Tensor) and real.is_floating_point() for real in reals)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
-def _tuple(value: Any, rank: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * rank
-    values = tuple(int(each) for each in value)
-    return values * rank if len(values) == 1 else values
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -820,7 +401,7 @@ def _source_line(node: fx.Node) -> str:
     return ""
 
 
-_FRONT_END = ("example", "export_tier", "frontend", "lift", "symbolic_tier")
+_FRONT_END = ("example", "export_tier", "frontend", "functions", "lift", "modules", "symbolic_tier")
 _TRACER_HOMES = (
     f"{Path(torch.__file__).parent}{os.sep}",
     *(str(Path(__file__).with_name(f"{n}.py")) for n in _FRONT_END),

@@ -12,7 +12,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from rgc.errors import TraceError
 from rgc.example import Binding, Example, copy_model, declare, precisely
-from rgc.lift import Source, has_hooks, is_leaf
+from rgc.lift import Source
+from rgc.modules import has_hooks, is_leaf
 
 
 def trace_symbolically(model: nn.Module, example: Example) -> Source:

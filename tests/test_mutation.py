@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rgc
-from rgc import BatchNorm, Conv, Scale, Value, algebra, emit, engine, lift, region, rewrite
+from rgc import BatchNorm, Conv, Scale, Value, algebra, emit, engine, functions, lift, modules, region, rewrite
 from rgc.operators import AvgPool
 from rgc.rewrite import Case, Match
 from rgc.testing import randomize
@@ -341,7 +341,7 @@ def convolutions_lifted_with(**change: Any) -> Callable[[Planter], None]:
         }
         return original(lifter, x, weight, bias, **{**given, **change})
 
-    return lambda p: p.replace(lift, "_conv", faulty)
+    return lambda p: p.replace(modules, "conv", faulty)
 
 
 def output_padding_dropped(p: Planter) -> None:
@@ -349,7 +349,7 @@ def output_padding_dropped(p: Planter) -> None:
                output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
         return original(lifter, x, weight, bias, stride, padding, 0, groups, dilation)
 
-    p.replace(lift, "_conv_transpose", faulty)
+    p.replace(modules, "conv_transpose", faulty)
 
 
 def batch_statistics_folded(p: Planter) -> None:
@@ -358,7 +358,7 @@ def batch_statistics_folded(p: Planter) -> None:
         value.op = replace(value.op, training=False)
         return value
 
-    p.replace_item(lift.MODULES, nn.BatchNorm2d, faulty)
+    p.replace_item(modules.MODULES, nn.BatchNorm2d, faulty)
 
 
 def emitted_convolutions_with(**change: Any) -> Callable[[Planter], None]:
@@ -646,7 +646,7 @@ MUTANTS = [
     ),
     Mutant(
         "difference lifted as a sum",
-        lambda p: p.replace_item(lift.FUNCTIONS, "sub", lambda original, *args: lift._add(*args)),
+        lambda p: p.replace_item(functions.FUNCTIONS, "sub", lambda original, *args: functions._add(*args)),
         together(subtract, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     Mutant(
@@ -654,7 +654,11 @@ MUTANTS = [
         lambda p: p.replace(lift._Lifter, "_rebind", lambda original, lifter, node, result: lifter._bind(node, result)),
         OverwritingBlend,
     ),
-    Mutant("hooks not seen", lambda p: p.replace(lift, "has_hooks", always(False)), WithHook),
+    Mutant(
+        "hooks not seen",
+        lambda p: [p.replace(module, "has_hooks", always(False)) for module in (lift, modules)],
+        WithHook,
+    ),
     # emission
     Mutant(
         "dilation not emitted",

@@ -1,0 +1,318 @@
+"""What do PyTorch's functions mean? One table from their names to one vocabulary of operators.
+
+A handler returns the value that a call makes, or None for a form that it does not know, which becomes `Opaque`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rgc.algebra import Conv, Scale
+from rgc.ir import Input, Operator, Value
+from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Identity, Multiply, Opaque, Slot, Structural
+
+
+class Lifting(Protocol):
+    """The lifting of one traced program, as far as handlers use it."""
+
+    @property
+    def real(self) -> Mapping[Value, Any]:
+        """What a live value is on the example."""
+
+    @property
+    def operators(self) -> dict[int, Operator]:
+        """One operator per module, by its id, so that shared modules stay shared."""
+
+    def emit(self, op: Operator, *inputs: Value) -> Value:
+        """A new value, run on the example to learn its type."""
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The shape of a tensor value at the example."""
+
+    def shared(self, module: Any, make: Callable[[], Operator]) -> Operator:
+        """The operator of a module: one and the same however often the module is called."""
+
+    def mark_inplace(self, value: Value) -> None:
+        """The user wished that the activation overwrites its input."""
+
+
+Handler = Callable[..., Any]  # of (lifting, *args, **kwargs): a value, a tuple of results, or None
+
+
+def conv(lifter: Lifting, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+          dilation: Any = 1, groups: int = 1, padding_mode: str = "zeros") -> Value | None:  # fmt: skip
+    if not isinstance(x, Value) or not _are_tensors(weight, bias):
+        return None
+    rank = weight.dim() - 2
+    kernel, steps = weight.shape[2:], _tuple(dilation, rank)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
+        padding = tuple((total // 2, total - total // 2) for total in totals)
+    elif padding == "valid":
+        padding = 0
+    else:
+        padding = _tuple(padding, rank)
+    op = Conv(weight, bias, _tuple(stride, rank), padding, steps, groups, padding_mode)  # type: ignore[arg-type]
+    return lifter.emit(op, x)
+
+
+def conv_transpose(lifter: Lifting, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+                    output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Value | None:  # fmt: skip
+    if not isinstance(x, Value) or not _are_tensors(weight, bias):
+        return None
+    rank = weight.dim() - 2
+    op = Conv(
+        weight, bias, _tuple(stride, rank), _tuple(padding, rank), _tuple(dilation, rank), groups,
+        transposed=True, output_padding=_tuple(output_padding, rank),
+    )  # fmt: skip
+    return lifter.emit(op, x)
+
+
+def linear(lifter: Lifting, x: Any, weight: Any, bias: Any = None) -> Value | None:
+    if not isinstance(x, Value) or not _are_tensors(weight, bias) or weight.dim() != 2:
+        return None
+    return lifter.emit(Conv(weight, bias), x)
+
+
+def batch_norm(lifter: Lifting, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None,
+                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Value | None:  # fmt: skip
+    if not isinstance(x, Value) or training or not _are_tensors(mean, var, weight, bias) or mean is None:
+        return None
+    return lifter.emit(BatchNorm(mean, var, weight, bias, eps, len(lifter.shape(x)) - 2), x)
+
+
+def _aten_batch_norm(lifter: Lifting, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
+                     momentum: float, eps: float, cudnn: bool = True) -> Value | None:  # fmt: skip
+    return batch_norm(lifter, x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _aten_batch_norm_no_training(lifter: Lifting, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
+                                 momentum: float, eps: float) -> Any:  # fmt: skip
+    result = batch_norm(lifter, x, mean, var, weight, bias, False, momentum, eps)
+    return None if result is None else (result, None, None)
+
+
+def _aten_convolution(lifter: Lifting, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
+                      transposed: bool, output_padding: Any, groups: int) -> Value | None:  # fmt: skip
+    if transposed:
+        return conv_transpose(lifter, x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return conv(lifter, x, weight, bias, stride, padding, dilation, groups)
+
+
+def avg_pool(rank: int) -> Handler:
+    def handle(lifter: Lifting, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+               count_include_pad: bool = True, divisor_override: int | None = None) -> Value | None:  # fmt: skip
+        window = _tuple(kernel_size, rank)
+        step = window if stride is None or stride == () or stride == [] else _tuple(stride, rank)
+        op = AvgPool(window, step, _tuple(padding, rank), ceil_mode, count_include_pad, divisor_override)
+        return lifter.emit(op, x)
+
+    return handle
+
+
+def activation(name: str) -> Handler:
+    def handle(lifter: Lifting, x: Any, *args: Any, **options: Any) -> Value | None:
+        if args and name in _POSITIONAL:
+            options.update(zip(_POSITIONAL[name], args, strict=False))
+        elif args:
+            return None
+        if not isinstance(x, Value) or any(isinstance(option, Value) for option in options.values()):
+            return None
+        numbers = {key: _number(value) for key, value in options.items()}
+        return lifter.emit(Activation(name, tuple(sorted(numbers.items()))), x)
+
+    return handle
+
+
+def prelu(lifter: Lifting, x: Any, weight: Any) -> Value | None:
+    if not isinstance(x, Value) or not _are_tensors(weight):
+        return None
+    return lifter.emit(Activation("prelu", weight=weight), x)
+
+
+def dropout(lifter: Lifting, x: Any, p: float = 0.5, training: Any = True, train: Any = None) -> Value | None:
+    if (training if train is None else train) and p > 0:
+        return None
+    return lifter.emit(Identity("dropout"), x)
+
+
+def _add(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
+    if alpha in (1, -1):
+        return _sum(lifter, x, y, int(alpha))
+    scaled = _multiply(lifter, y, alpha) if isinstance(y, Value) else y * alpha
+    return None if scaled is None else _sum(lifter, x, scaled, 1)
+
+
+def _subtract(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
+    return _add(lifter, x, y, -alpha)
+
+
+def _subtract_from(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
+    return _add(lifter, y, x, -alpha)
+
+
+def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
+    if isinstance(x, Value) and isinstance(y, Value):
+        if not _are_floating(lifter, x, y):
+            return None
+        return lifter.emit(Add(sign), x, y)
+    value, constant = (x, y) if isinstance(x, Value) else (y, x)
+    if not _are_floating(lifter, value):
+        return None
+    per_channel = _per_channel(lifter, value, constant)
+    if per_channel is None:
+        return None
+    tensor, axes = per_channel
+    one = tensor.new_ones(1)
+    if value is x:
+        return lifter.emit(Scale(one, sign * tensor, axes), value)
+    return lifter.emit(Scale(sign * one, tensor, axes), value)
+
+
+def _multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
+    if isinstance(x, Value) and isinstance(y, Value):
+        return lifter.emit(Multiply(), x, y) if _are_floating(lifter, x, y) else None
+    value, constant = (x, y) if isinstance(x, Value) else (y, x)
+    per_channel = _per_channel(lifter, value, constant) if _are_floating(lifter, value) else None
+    if per_channel is None:
+        return None
+    tensor, axes = per_channel
+    return lifter.emit(Scale(tensor, tensor.new_zeros(1), axes), value)
+
+
+def _divide(lifter: Lifting, x: Any, y: Any, rounding_mode: str | None = None) -> Value | None:
+    if isinstance(y, Value) or rounding_mode is not None or isinstance(y, bool):
+        return None
+    return _multiply(lifter, x, 1.0 / y)
+
+
+def _negate(lifter: Lifting, x: Any) -> Value | None:
+    return _multiply(lifter, x, -1.0)
+
+
+def _lerp(lifter: Lifting, start: Any, end: Any, weight: Any) -> Value | None:
+    if isinstance(weight, Value):
+        return None
+    kept = _multiply(lifter, start, 1 - weight)
+    added = _multiply(lifter, end, weight)
+    return None if kept is None or added is None else _sum(lifter, kept, added, 1)
+
+
+def _concat(lifter: Lifting, tensors: Any, dim: int = 0, axis: int | None = None) -> Value | None:
+    where = dim if axis is None else axis
+    if not isinstance(tensors, list | tuple) or not all(isinstance(each, Value) for each in tensors):
+        return None
+    if not _are_floating(lifter, *tensors):
+        return None
+    rank = len(lifter.shape(tensors[0]))
+    return lifter.emit(Concat(where if where < 0 else where - rank), *tensors)
+
+
+def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | None:
+    """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest."""
+    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
+    if options or not isinstance(x, Value) or not sizes or not isinstance(sizes[0], Value):
+        return None
+    if any(isinstance(n, Value) for n in sizes[1:]) or not _is_batch_size(lifter, sizes[0], x):
+        return None
+    if sizes[1:] == (-1,):
+        return lifter.emit(Structural(torch.flatten, (Slot(0), 1)), x)
+    if -1 in sizes:
+        return None
+    return lifter.emit(Structural(torch.reshape, (Slot(0), (-1, *sizes[1:]))), x)
+
+
+def _is_batch_size(lifter: Lifting, size: Value, x: Value) -> bool:
+    """Is ``size`` the length of the first axis of ``x``, or of an input of that length?"""
+    measured = size.inputs[0] if size.inputs else size
+    args = size.op.args if isinstance(size.op, Opaque | Structural) else ()
+    if size.op.label == "getitem" and args[1:] == (0,):  # x.shape[0], x.size()[0]
+        if measured.op.label not in {"getattr", "size"}:
+            return False
+        measured = measured.inputs[0]
+    elif args[1:] != (0,) or size.op.label not in {"size", "sym_size.int"}:
+        return False
+    same = measured is x or isinstance(measured.op, Input)
+    return same and lifter.real.get(size) == lifter.shape(x)[0]
+
+
+FUNCTIONS: dict[str, Handler] = {
+    "view": _reshape, "reshape": _reshape,
+    "conv1d": conv, "conv2d": conv, "conv3d": conv,
+    "conv_transpose1d": conv_transpose, "conv_transpose2d": conv_transpose, "conv_transpose3d": conv_transpose,
+    "linear": linear, "batch_norm": batch_norm,
+    "avg_pool1d": avg_pool(1), "avg_pool2d": avg_pool(2), "avg_pool3d": avg_pool(3),
+    "add": _add, "radd": _add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
+    "mul": _multiply, "rmul": _multiply, "multiply": _multiply, "div": _divide, "truediv": _divide,
+    "true_divide": _divide, "divide": _divide, "neg": _negate, "negative": _negate, "lerp": _lerp,
+    "cat": _concat, "concat": _concat, "concatenate": _concat,
+    "dropout": dropout, "dropout1d": dropout, "dropout2d": dropout, "dropout3d": dropout, "alpha_dropout": dropout,
+    "feature_dropout": dropout, "feature_alpha_dropout": dropout, "prelu": prelu,
+}  # fmt: skip
+
+#: Elementwise functions, with the names of the options that may come by position.
+_POSITIONAL: dict[str, tuple[str, ...]] = {
+    "relu": (), "relu6": (), "leaky_relu": ("negative_slope",), "elu": ("alpha",), "celu": ("alpha",), "selu": (),
+    "gelu": (), "silu": (), "mish": (), "sigmoid": (), "tanh": (), "hardswish": (), "hardsigmoid": (),
+    "hardtanh": ("min_val", "max_val"), "softplus": ("beta", "threshold"), "logsigmoid": (), "softsign": (),
+    "tanhshrink": (),
+}  # fmt: skip
+FUNCTIONS.update({name: activation(name) for name in _POSITIONAL})
+
+ATEN: dict[str, Handler] = {
+    "batch_norm": _aten_batch_norm,
+    "_native_batch_norm_legit_no_training": _aten_batch_norm_no_training,
+    "convolution": _aten_convolution,
+}
+
+#: Calls that are affine in their one tensor input, whatever their other arguments are.
+STRUCTURAL = frozenset({
+    "flatten", "reshape", "view", "permute", "transpose", "t", "swapaxes", "movedim", "contiguous", "clone", "squeeze",
+    "unsqueeze", "unflatten", "flip", "roll", "narrow", "select", "slice", "getitem", "chunk", "split", "unbind",
+    "mean", "sum", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "expand", "expand_as", "repeat",
+})  # fmt: skip
+
+
+def _per_channel(lifter: Lifting, value: Value, constant: Any) -> tuple[Tensor, int | None] | None:
+    """A constant as one number per channel, with the number of axes behind the channels; None if it is not that."""
+    if isinstance(constant, bool | complex) or not isinstance(constant, int | float | Tensor):
+        return None
+    tensor = constant if isinstance(constant, Tensor) else torch.tensor(float(constant), dtype=torch.float64)
+    if not tensor.is_floating_point():
+        tensor = tensor.double()
+    shape = lifter.shape(value)
+    if tensor.numel() == 1 and tensor.dim() <= len(shape):
+        return tensor.reshape(1), None
+    behind = shape[len(shape) - tensor.dim() :]
+    if tensor.dim() > len(shape) or any(n not in (1, m) for n, m in zip(tensor.shape, behind, strict=True)):
+        return None
+    wide = [axis for axis, n in enumerate(tensor.shape) if n != 1]
+    axes = tensor.dim() - 1 - wide[0]
+    if len(wide) != 1 or axes >= len(shape) - 1:  # the batch axis is no channel axis
+        return None
+    return tensor.reshape(-1), axes
+
+
+def _are_tensors(*given: Any) -> bool:
+    return all(each is None or isinstance(each, Tensor) for each in given)
+
+
+def _are_floating(lifter: Lifting, *values: Any) -> bool:
+    reals = [lifter.real.get(value) if isinstance(value, Value) else None for value in values]
+    return all(isinstance(real, Tensor) and real.is_floating_point() for real in reals)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * rank
+    values = tuple(int(each) for each in value)
+    return values * rank if len(values) == 1 else values
