@@ -309,7 +309,7 @@ def test_a_concatenation_along_another_axis_than_the_channels_is_refused() -> No
 
 def test_a_sum_of_other_channels_is_refused_where_none_is_repeated() -> None:
     x = source()
-    total = Value(Add(), (conv(1)(x), conv(3, makes=2)(x)), x.type)
+    total = Value(Add(), (conv(1, makes=4)(x), conv(3, makes=3)(x)), x.type)
     join = joined(total, x)
     assert join is not None
     with pytest.raises(Refusal, match="make different channels, so their sum broadcasts"):
