@@ -65,12 +65,11 @@ def _merged_readers(graph: Graph, value: Value) -> list[tuple[Value, Conv]]:
     """Every convolution that reads the scale with the one that replaces it, or a refusal that names another reader."""
     assert isinstance(value.op, BatchNorm | Scale)
     scale = value.op.as_linear()
-    require(isinstance(scale, Scale) and scale.spatial is not None, "one factor for all channels")
+    require(isinstance(scale, Scale) and scale.spatial is not None, "a single factor names no channel axis to follow")
     assert isinstance(scale, Scale) and scale.axes is not None
     shape = value.tensor_type.shape
     axis = len(shape) - scale.axes - 1
     require(axis > 0, "the scale is along the batch")
-    require(shape[axis] > 1, "a single channel is not told from the other axes")
     channels = torch.randn(shape[axis], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     probes = [_along(channels, axis, probe) for probe in _probe_shapes(value, axis)]
     merged = list(_readers(graph, value, scale, channels, probes))
