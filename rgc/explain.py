@@ -5,21 +5,20 @@ What became of a layer is read off the engine's record; what stands between laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from rgc.algebra import Linear
 from rgc.compiler import trace
 from rgc.cost import Objective, target_named
 from rgc.engine import Policy
 from rgc.errors import InputError
 from rgc.explanation import Cost, Explanation, Gain, Gap, Place
-from rgc.gaps import Story, gaps_at, short_name
-from rgc.ir import Value
-from rgc.neighbours import between, branches, is_linear
+from rgc.gaps import Story, described, gaps_at, short_name
+from rgc.ir import Graph, Value
+from rgc.neighbours import between, blend_at, branches, is_linear
 from rgc.passbook import resolve
 
 
@@ -48,7 +47,13 @@ def explain(
     ('replace ReLU 1 by rgc.nn.DecayedActivation and decay it to 1',)
     """
     traced = trace(model, example_inputs, passes=passes, objective=objective, target=target)
-    story = Story(model, traced, resolve(passes)[0], Policy(objective, target_named(target)))
+
+    def trace_at_fixed_size() -> Graph:
+        added = [] if isinstance(passes, str) else [each for each in passes if not isinstance(each, str)]
+        return trace(model, example_inputs, passes=["all", *added], objective=objective, target=target).graph
+
+    policy = Policy(objective, target_named(target))
+    story = Story(model, traced, resolve(passes)[0], policy, trace_at_fixed_size)
     places, gaps = _answer(story, where)
     named = passes if isinstance(passes, str) else ", ".join(str(getattr(each, "name", each)) for each in passes)
     return Explanation(
@@ -106,12 +111,13 @@ def _of_layers(story: Story, paths: list[str]) -> tuple[list[Place], list[Gap]]:
         for ends, gap in gaps_at(story, value):
             gaps.setdefault(ends, gap)
     if len(places) > 1:  # in a part, what is not linear is told where it stands between what is
-        places = [place for place in places if place.fate != "unchanged" or _has_linear(story, place.layers)]
+        places = [place for place in places if place.fate != "unchanged" or _can_merge(story, place.layers)]
     return places, sorted(gaps.values(), key=_urgency)
 
 
-def _has_linear(story: Story, paths: Iterable[str]) -> bool:
-    return any(isinstance(value.op, Linear) for path in paths for value in story.originals[path])
+def _can_merge(story: Story, paths: Iterable[str]) -> bool:
+    values = [value for path in paths for value in story.results[path]]
+    return any(is_linear(value) and not any(map(blend_at, story.graph.users(value))) for value in values)
 
 
 def _urgency(gap: Gap) -> int:
@@ -126,7 +132,9 @@ def _places(story: Story, paths: Iterable[str]) -> list[Place]:
     together: dict[tuple[Value, ...], list[str]] = {}
     for path in paths:
         together.setdefault(tuple(story.results.get(path, ())), []).append(path)
-    return [_place(story, group, values) for values, group in together.items()]
+    places = [_place(story, group, values) for values, group in together.items()]
+    told = {path for place in places if place.fate == "merged" for path in place.layers}
+    return [place for place in places if place.fate != "removed" or not set(place.layers) <= told]
 
 
 def _place(story: Story, paths: list[str], values: tuple[Value, ...]) -> Place:
@@ -146,20 +154,21 @@ def _place(story: Story, paths: list[str], values: tuple[Value, ...]) -> Place:
 
 
 def _with_removed(story: Story, paths: dict[str, None]) -> dict[str, None]:
-    """Also what was removed between these layers: activations that have decayed, dropout."""
-    involved = dict(paths)
-    users = story.traced.original.users
+    """Also what was removed on the way from one of these layers to another: decayed activations, dropout."""
+    original = story.traced.original
+    ends = [value for path in paths for value in story.originals[path]]
 
-    def lies_inside(value: Value) -> bool:
-        neighbours = ([used.origin.paths for used in value.inputs], [user.origin.paths for user in users(value)])
-        return all(any(set(each) & involved.keys() for each in side) for side in neighbours)
+    def reached(step: Callable[[Value], Iterable[Value]]) -> set[Value]:
+        found: set[Value] = set()
+        pending = list(ends)
+        while pending:
+            more = [v for v in step(pending.pop()) if v not in found and not set(v.origin.paths) & story.results.keys()]
+            found.update(more)
+            pending += more
+        return found
 
-    removed = [path for path in story.originals if path not in story.results]
-    while True:
-        more = [p for p in removed if p not in involved and all(map(lies_inside, story.originals[p]))]
-        if not more:
-            return involved
-        involved.update(dict.fromkeys(more))
+    inside = reached(original.users) & reached(lambda value: value.inputs)
+    return paths | {path: None for path, values in story.originals.items() if set(values) <= inside}
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
@@ -192,11 +201,11 @@ def _distance(story: Story, first: set[Value], second: set[Value]) -> Iterator[s
         if linear:
             yield f"they are not neighbours: {', '.join(linear[:3])}{more} lie between; ask about two that are"
         yield from (
-            f"{value.op.label} at {value.where} is no linear operator, so it merges with nothing"
+            f"{described(value)} is no linear operator, so it merges with nothing"
             for value in (*left, *right) if not is_linear(value)
         )  # fmt: skip
         if not linear:
-            yield from (f"{v.op.label} at {v.where} lies between" for v in ordered[:3])
+            yield from (f"{described(v)} lies between" for v in ordered[:3])
         return
     yield "neither reads what the other computes, and they do not meet in a sum"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +23,9 @@ Fate = Literal["merged", "unchanged", "removed"]
 
 #: What fits in a line is said again rather than referred to.
 _SHORT = 60
+
+#: More names or rewrites than this in a row are a wall of text.
+_MANY = 7
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ class Explanation:
 def _printed_place(place: Place) -> Iterator[Text | Table]:
     from rich.text import Text
 
-    was = ", ".join(_counted(place.operators))
-    title = Text(" + ".join(place.layers), style="bold")
+    was = ", ".join(_at_most(list(_counted(place.operators))))
+    title = Text(" + ".join(_at_most(place.layers)), style="bold")
     rows: list[tuple[str, str]] = []
     if place.fate == "merged":
         title.append(f": now {' and '.join(place.result)}", style="green")
@@ -152,13 +155,28 @@ def _printed_place(place: Place) -> Iterator[Text | Table]:
         yield _grid(rows)
 
 
-def _told(steps: Iterable[Firing]) -> Iterator[str]:
-    """The rewrites in order; one that fired several times in a row is told once."""
-    for (name, evidence), firings in itertools.groupby(steps, key=lambda step: (step.rewrite, step.evidence)):
-        fired = list(firings)
-        places = dict.fromkeys(step.where.split(" + ")[0] for step in fired)
-        worst = max(step.max_error for step in fired)
-        yield f"{name} at {', '.join(places)}: {evidence}" + (f", error {worst:.1e}" if worst else "")
+def _told(steps: Sequence[Firing]) -> list[str]:
+    """The rewrites in order, one that fired several times in a row told once; only their numbers where it is many."""
+    runs = [list(run) for _, run in itertools.groupby(steps, key=lambda step: (step.rewrite, step.evidence))]
+    if len(runs) > _MANY:
+        kinds: dict[tuple[str, str], list[Firing]] = {}
+        for step in steps:
+            kinds.setdefault((step.rewrite, step.evidence), []).append(step)
+        return [f"{len(fired)} x {fired[0].rewrite}: {_evidence(fired)}" for fired in kinds.values()]
+    places = [_at_most(list(dict.fromkeys(step.where.split(" + ")[0] for step in run))) for run in runs]
+    return [
+        f"{run[0].rewrite} at {', '.join(where)}: {_evidence(run)}" for run, where in zip(runs, places, strict=True)
+    ]
+
+
+def _evidence(fired: Sequence[Firing]) -> str:
+    worst = max(step.max_error for step in fired)
+    return fired[0].evidence + (f", error {worst:.1e}" if worst else "")
+
+
+def _at_most(names: Sequence[str]) -> list[str]:
+    """The first few of many names."""
+    return list(names) if len(names) <= _MANY else [*names[: _MANY - 1], f"{len(names) - _MANY + 1} more"]
 
 
 def _printed_gap(gap: Gap, said: set[tuple[str, ...]]) -> Iterator[Text | Table]:
@@ -176,7 +194,8 @@ def _printed_gap(gap: Gap, said: set[tuple[str, ...]]) -> Iterator[Text | Table]
         )
         rows.append(("gains" if remedy.pays else "costs", str(remedy.gain)))
         if not remedy.pays:
-            rows.append(("but", "does not pay by this estimate: only --objective depth merges it"))
+            only = "" if remedy.changes == ("--objective depth",) else ": only --objective depth merges it"
+            rows.append(("but", f"does not pay by this estimate{only}"))
     if not gap.remedies and gap.kind != "apart":
         rows.append(("change", "nothing was found that would make them one operator"))
     yield title

@@ -6,7 +6,7 @@ sums in which branches meet. A change is put to the rewrites (`rgc.what_if`) bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -26,6 +26,7 @@ from rgc.passbook import resolve
 from rgc.rewrite import Pass
 from rgc.what_if import (
     DEPTH,
+    FIXED_SIZE,
     Declined,
     Edit,
     Part,
@@ -33,7 +34,6 @@ from rgc.what_if import (
     Solution,
     ask,
     drop_bias,
-    freeze_size,
     give_statistics,
     kept,
     move_padding,
@@ -57,6 +57,12 @@ class Story:
     traced: Trace
     passes: tuple[Pass, ...]
     policy: Policy
+    trace_at_fixed_size: Callable[[], Graph]
+
+    @cached_property
+    def at_fixed_size(self) -> Graph:
+        """What the passes leave where they may rely on the example's size."""
+        return self.trace_at_fixed_size()
 
     @property
     def graph(self) -> Graph:
@@ -149,6 +155,11 @@ def short_name(value: Value) -> str:
     return value.origin.paths[0] if value.origin.paths else value.where
 
 
+def described(value: Value) -> str:
+    """The operator of a value and its place: ``relu at layer1.0.relu``."""
+    return value.op.label if value.where == value.op.label else f"{value.op.label} at {value.where}"
+
+
 # --- chains and sums ---------------------------------------------------------------------------------------------
 
 
@@ -156,8 +167,11 @@ def _gap_of_chain(story: Story, first: Value, between: tuple[Value, ...], second
     ends = (short_name(first), short_name(second))
     obstacles = _obstacles(between)
     reasons = _nonlinear(story, between)
+    if not is_linear(first):
+        obstacles.append(f"{described(first)} is not one operator with its branches; explain it first")
     if obstacles or len(reasons) > MOST_ACTIVATIONS:
-        return Gap(ends, "chain", (*obstacles, *reasons))
+        remedies = () if reasons else _at_fixed_size(story, (first, second))
+        return Gap(ends, "chain", (*obstacles, *reasons), remedies)
     part = Part(first.inputs[0], (first, *between, second))
     return _gap(story, part, "chain", ends, reasons, bypassed=between)
 
@@ -167,7 +181,7 @@ def _gap_of_sum(story: Story, value: Value) -> Gap:
     ends = tuple(dict.fromkeys(map(short_name, value.inputs)))
     if found is None:
         assert blocker is not None
-        what = "the input of the model" if isinstance(blocker.op, Input) else f"{blocker.op.label} at {blocker.where}"
+        what = "the input of the model" if isinstance(blocker.op, Input) else described(blocker)
         reason = f"the branches that meet in {value.where} are not affine in one common value: {what} comes between"
         return Gap(ends, "sum", (reason,))
     part = Part(*found)
@@ -196,6 +210,10 @@ def _gap(
     faded = tuple(_fade(story, value) for value in _activations(part.values))
     found = solutions(story.graph, part, base, _edits(story, part, free=not staying))
     remedies = [_remedy(story, part, faded, solution) for solution in found]
+    if not bypassed and not any(remedy.keeps_function and remedy.pays for remedy in remedies):
+        remedies += _at_fixed_size(story, (part.values[0], part.sink))
+    if not remedies:
+        reasons += _shared(story, part)
     remedies.sort(key=lambda remedy: (not remedy.pays, not remedy.keeps_function, len(remedy.changes)))
     return Gap(ends, kind, tuple(reasons), tuple(remedies[:MOST_REMEDIES]))
 
@@ -211,12 +229,36 @@ def _remedy(story: Story, part: Part, faded: tuple[str, ...], solution: Solution
     return Remedy(changes or (DEPTH.words,), result, gain, keeps, not solution.against, solution.against)
 
 
+def _at_fixed_size(story: Story, ends: tuple[Value, Value]) -> tuple[Remedy, ...]:
+    """What ``--passes all`` makes of both and of more than the two, such as one matrix: seen in a second run."""
+    if ends[0].tensor_type.fixed:
+        return ()
+    results = story.at_fixed_size.nodes()
+    found = [value for value in results if all(set(end.origin.paths) <= set(value.origin.paths) for end in ends)]
+    if not found:
+        return ()
+    paths = {path for value in found for path in value.origin.paths}
+    dying = [value for value in story.graph.nodes() if value.origin.paths and set(value.origin.paths) <= paths]
+    result = " and ".join(value.op.label for value in found)
+    gain = Gain(Cost.of(dying, story.target), Cost.of(found, story.target))
+    return (Remedy((FIXED_SIZE.words,), f"{result} in place of {len(dying)} operators", gain, True, True),)
+
+
+def _shared(story: Story, part: Part) -> Iterator[str]:
+    """Layers whose options cannot be changed for this place alone."""
+    paths = dict.fromkeys(p for value in part.values if is_linear(value) for p, _ in story.sources(value))
+    calls = {path: len(story.originals[path]) for path in paths}
+    for path, count in calls.items():
+        if count > 1 and path in story.modules:
+            yield f"{path} is called {count} times, so its options cannot be changed for this place alone"
+
+
 def _undone(story: Story, part: Part) -> str:
     """Nothing stands in the way, and yet they were not merged."""
-    failed = [
-        f"{each.rewrite}: {each.reason}" for each in story.traced.record.failures if each.where == part.sink.where
-    ]
-    return f"a rewrite was undone, because its result was not equal: {(failed or ['a bug'])[0]}"
+    for failure in story.traced.record.failures:
+        if failure.where == part.sink.where:
+            return f"{failure.rewrite} was undone, because its result was not equal: {failure.reason}"
+    return "a rewrite says that it merges them, and the engine did not: please report this"
 
 
 # --- reasons -----------------------------------------------------------------------------------------------------
@@ -233,7 +275,7 @@ def _nonlinear(story: Story, values: Iterable[Value]) -> list[str]:
         line = f" ({value.origin.source})" if value.origin.source and value.where not in story.modules else ""
         near = [value, *(end for user in story.graph.users(value) for end in (user, *story.graph.users(user)))]
         said = [story.refusals[end] for end in near if end in story.refusals and (end is value or blend_at(end))]
-        own = f"{value.op.label} at {value.where}{line} is not linear"
+        own = f"{described(value)}{line} is not linear"
         reasons.append(f"{said[0]} (at {value.where})" if said else own)
     return reasons
 
@@ -242,15 +284,12 @@ def _obstacles(between: tuple[Value, ...]) -> list[str]:
     """What lies between the ends of a chain and is neither linear nor an activation."""
     blends = {member for value in between if (blend := blend_at(value)) is not None for member in blend[1]}
     others = [v for v in between if v not in blends and not isinstance(v.op, Activation | Identity)]
-    nonlinear = [
-        f"{value.op.label} at {value.where} is between them and is not affine: rgc leaves it as it is"
-        for value in others if not value.op.affine
-    ]  # fmt: skip
-    views = [
-        f"{value.op.label} at {value.where} is between them: it is affine, but no rewrite of a pair looks through it"
-        for value in others if value.op.affine
-    ]  # fmt: skip
-    return nonlinear + views
+    reasons = [
+        f"{described(v)} is between them and is not affine: rgc leaves it as it is" for v in others if not v.op.affine
+    ]
+    if views := " and ".join(described(value) for value in others if value.op.affine):
+        reasons.append(f"{views} between them: affine, but no rewrite of a pair looks through that")
+    return reasons
 
 
 def _listed(values: Sequence[Value]) -> str:
@@ -268,7 +307,7 @@ def _edits(story: Story, part: Part, free: bool) -> list[Edit]:
     if not {each.name for each in default} <= {each.name for each in story.passes}:
         edits.append(Edit("--passes default", True, lambda setting: replace(setting, passes=default)))
     if not part.source.tensor_type.fixed:
-        edits.append(Edit("fixed size: --passes all", True, freeze_size))
+        edits.append(FIXED_SIZE)
     for value in part.values:
         if isinstance(value.op, BatchNorm) and value.op.training:
             edits.append(Edit(f"track_running_stats=True for {short_name(value)}", False, give_statistics(value)))

@@ -42,25 +42,20 @@ def after(graph: Graph, value: Value) -> list[tuple[tuple[Value, ...], Value]]:
 
 
 def before(value: Value) -> tuple[tuple[Value, ...], Value] | None:
-    """The linear operator before ``value``, with what lies between; None where a sum or the input comes first."""
+    """The linear operator or sum before ``value``, with what lies between; None where the input comes first."""
     between: tuple[Value, ...] = ()
     ahead = value
     while len(between) < LONGEST_WALK:
         read = [used for used in ahead.inputs if not isinstance(used.op, Constant)]
-        if len(read) != 1 or (ahead is not value and isinstance(ahead.op, Add | Concat)):
+        if len(read) != 1:
             return None
         (at,) = read
-        if is_linear(at):
-            return between, at
         blend = blend_at(at)
-        if blend is None:
-            between, ahead = (at, *between), at
-            continue
-        source, members = blend
-        between = (*members, *between)
-        if is_linear(source):
-            return between, source
-        between, ahead = (source, *between), source
+        if blend is not None:
+            between, at = (*blend[1], *between), blend[0]
+        if is_linear(at) or isinstance(at.op, Add | Concat):
+            return between, at
+        between, ahead = (at, *between), at
     return None
 
 

@@ -71,6 +71,10 @@ DEPTH = Edit(
 )
 
 
+#: Allows also what holds at the example's size only.
+FIXED_SIZE = Edit("fixed size: --passes all", True, lambda setting: _freeze_size(setting))
+
+
 @dataclass(frozen=True)
 class Merged:
     """The part has become the values ``made``, by this rewrite."""
@@ -164,13 +168,6 @@ def kept(graph: Graph, part: Part) -> list[Value]:
     return [value for value in staying if isinstance(value.op, Linear)]
 
 
-def freeze_size(setting: Setting) -> Setting:
-    """As under ``--passes all``."""
-    every, _ = resolve("all")
-    named = {each.name: each for each in (*every, *setting.passes)}
-    return replace(setting, passes=tuple(named.values()), fixed=True)
-
-
 def move_padding(first: Value, second: Value) -> Callable[[Setting], Setting]:
     """The second convolution's padding given to the first."""
     a, b = first.op, second.op
@@ -203,6 +200,13 @@ def give_statistics(value: Value) -> Callable[[Setting], Setting]:
     assert isinstance(op, BatchNorm)
     changed = {value: replace(op, training=False, mean=torch.ones_like(op.mean))}
     return lambda setting: setting.changing(changed)
+
+
+def _freeze_size(setting: Setting) -> Setting:
+    """As under ``--passes all``."""
+    every, _ = resolve("all")
+    named = {each.name: each for each in (*every, *setting.passes)}
+    return replace(setting, passes=tuple(named.values()), fixed=True)
 
 
 def _rebuilt(part: Part, setting: Setting) -> dict[Value, Value]:
@@ -247,6 +251,6 @@ def _freed(graph: Graph, dying: list[Value], twins: list[Value], setting: Settin
 
 
 __all__ = [
-    "DEPTH", "Declined", "Edit", "Merged", "Part", "Setting", "Solution", "ask", "drop_bias", "freeze_size",
+    "DEPTH", "FIXED_SIZE", "Declined", "Edit", "Merged", "Part", "Setting", "Solution", "ask", "drop_bias",
     "give_statistics", "kept", "move_padding", "pad_ahead", "readers", "solutions",
 ]  # fmt: skip
