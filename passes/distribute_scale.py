@@ -106,7 +106,8 @@ def _folded(reader: Value, scale: Scale, axes: int) -> Conv:
     require(conv.spatial == axes, f"{reader.where} ({conv.label}) acts on other axes")
     there = Scale(scale.scale, scale.shift, axes)
     merged = compose(conv, there, reader.inputs[0].tensor_type.size(axes)).as_conv(conv.in_channels, axes)
-    require(merged.bias is None or merged.bias.dim() == 1, f"{reader.where} ({conv.label}) would need a bias map")
+    extra = ", ".join(name for name in merged.extras if name not in conv.extras)
+    require(not extra, f"{reader.where} ({conv.label}) pads, so it would need a correction of its own ({extra})")
     return merged
 
 

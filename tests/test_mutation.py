@@ -723,7 +723,7 @@ MUTANTS = [
     # engine
     Mutant(
         "replacement reads the wrong value",
-        lambda p: p.replace(engine, "_build", lambda original, r, c, m: m.root.inputs[0]),
+        lambda p: p.replace(engine, "build", lambda original, r, c, m: m.root.inputs[0]),
         chain(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
         passes="fold_batchnorm",
     ),
