@@ -20,10 +20,12 @@ from rgc.operators import (
     Constant,
     Flatten,
     Identity,
+    MaxPool,
     Multiply,
     Opaque,
     Structural,
     Unflatten,
+    Upsample,
 )
 from rgc.region import Join, Region
 from rgc.report import Firing, Refused, Report, Verification
@@ -37,9 +39,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
-    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply",
+    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "MaxPool", "Multiply",
     "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add",
-    "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes", "require", "rewrite", "save",
-    "testing", "unit", "verify",
+    "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification",
+    "add", "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes", "require", "rewrite",
+    "save", "testing", "unit", "verify",
 ]  # fmt: skip

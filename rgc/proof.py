@@ -16,7 +16,7 @@ from torch import Tensor
 from rgc.algebra import Conv, Linear
 from rgc.errors import NotEquivalentError, RgcError
 from rgc.ir import Value, evaluate_value, topological
-from rgc.operators import Activation, AvgPool, Call, Constant
+from rgc.operators import Activation, AvgPool, Call, Constant, MaxPool, Upsample
 
 #: Largest difference, relative to the largest intermediate value, that float64 rounding explains.
 TOLERANCE = 1e-10
@@ -114,7 +114,7 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
 
 
 def _spatial(value: Value) -> int | None:
-    if isinstance(value.op, Linear):
+    if isinstance(value.op, Linear | MaxPool | Upsample):
         return value.op.spatial
     if isinstance(value.op, Activation) and value.op.weight is not None and value.op.weight.numel() > 1:
         return len(value.tensor_type.shape) - 2  # slopes along axis 1
@@ -139,6 +139,9 @@ def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[in
             fields[value] = (reach + widest * stride, stride * (1 if op.transposed else max(op.stride)))
         elif isinstance(op, AvgPool):
             fields[value] = (reach + (max(op.window) - 1) * stride, stride * max(op.stride))
+        elif isinstance(op, MaxPool):
+            widest = max(d * (k - 1) for d, k in zip(op.dilation, op.window, strict=True))
+            fields[value] = (reach + widest * stride, stride * max(op.stride))
         else:
             fields[value] = (reach, stride)
     return max(reach for reach, _ in fields.values()), max(stride for _, stride in fields.values())
