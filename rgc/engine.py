@@ -20,6 +20,7 @@ from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.proof import check_firing
+from rgc.ranges import Interval, range_of
 from rgc.region import affine_regions, join_at
 from rgc.report import Failure, Firing, Refused
 from rgc.rewrite import Case, GraphPass, Match, Pass, Rewrite, observed, unread_geometry
@@ -169,12 +170,15 @@ class _Worklist:
             value.op = value.op.__dict__.get("_original", value.op)
         dying = _dying(self.graph, match)
         self._require_gain(dying, added, match)
-        error = check_firing(root, new, [value for value in match.values.values() if value not in match.interior])
+        sources = [value for value in match.values.values() if value not in match.interior]
+        ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
+        error = check_firing(root, new, sources, ranges=ranges)
         self.uses.update(id(value.op) for value in added)
         self.uses.subtract(id(value.op) for value in dying)
         self._replace(match, new, added)
-        kind = _evidence_class(match, added, error)
-        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, tuple(v.op.label for v in added)))
+        kind = "range-conditional" if case.relies_on_range else _evidence_class(match, added, error)
+        made = tuple(value.op.label for value in added)
+        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, made, _condition(ranges)))
 
     def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
         objective, target = self.policy.objective, self.policy.target
@@ -261,6 +265,10 @@ def _merged_origin(match: Match) -> Origin:
     for value in reversed(match.interior):
         origin = origin | value.origin
     return origin
+
+
+def _condition(ranges: dict[Value, Interval]) -> str:
+    return "; ".join(f"{value.where} in {interval}" for value, interval in ranges.items() if not interval.is_unbounded)
 
 
 def _evidence_class(match: Match, added: list[Value], error: float) -> str:
