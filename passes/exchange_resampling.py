@@ -62,23 +62,23 @@ Pointwise = Annotated[Conv, maps_channels]
 
 
 @rewrite(lambda x, first, resampling, second: second(resampling(first(x))))
-def exchange_resampling(x: Value, first: Layer, resampling: Tail, second: ChannelMap) -> Value:
-    return _joined_before(x, first, [resampling], second)
-
-
-@exchange_resampling.also(lambda x, first, resampling, second: second(resampling(first(x))))
-def exchange_forwards(x: Value, first: ChannelMap, resampling: Tail, second: Layer) -> Value:
+def exchange_resampling(x: Value, first: ChannelMap, resampling: Tail, second: Layer) -> Value:
     return _joined_behind(x, first, [resampling], second)
 
 
-@exchange_resampling.also(lambda x, first, inner, outer, second: second(outer(inner(first(x)))))
-def exchange_two(x: Value, first: Layer, inner: Averaging, outer: Tail, second: ChannelMap) -> Value:
-    return _joined_before(x, first, [inner, outer], second)
+@exchange_resampling.also(lambda x, first, resampling, second: second(resampling(first(x))))
+def exchange_backwards(x: Value, first: Layer, resampling: Tail, second: ChannelMap) -> Value:
+    return _joined_before(x, first, [resampling], second)
 
 
 @exchange_resampling.also(lambda x, first, inner, outer, second: second(outer(inner(first(x)))))
-def exchange_two_forwards(x: Value, first: ChannelMap, inner: Averaging, outer: Tail, second: Layer) -> Value:
+def exchange_two(x: Value, first: ChannelMap, inner: Averaging, outer: Tail, second: Layer) -> Value:
     return _joined_behind(x, first, [inner, outer], second)
+
+
+@exchange_resampling.also(lambda x, first, inner, outer, second: second(outer(inner(first(x)))))
+def exchange_two_backwards(x: Value, first: Layer, inner: Averaging, outer: Tail, second: ChannelMap) -> Value:
+    return _joined_before(x, first, [inner, outer], second)
 
 
 @exchange_resampling.also(lambda x, upsample, layer: layer(upsample(x)))
@@ -100,6 +100,17 @@ def move_behind_pooling(x: Value, layer: Pointwise, resampling: Averaging) -> Va
     return _on(layer, axes)(pooled)
 
 
+def _joined_behind(x: Value, first: Layer, path: Sequence[Resampling], second: Layer) -> Value:
+    """second first R*(x)."""
+    axes = _axes_of(first, path[0], x.tensor_type)
+    left = _require_passage(path, x.tensor_type, axes, first, second)
+    require(second.spatial in (None, left), f"{first.label} and {second.label} act on different axes")
+    value = x
+    for op in path:
+        value = op(value)
+    return compose(second, _on(first, left), value.tensor_type.size(left))(value)
+
+
 def _joined_before(x: Value, first: Layer, path: Sequence[Resampling], second: Layer) -> Value:
     """R*(second first x)."""
     given = first.infer(x.type)
@@ -112,17 +123,6 @@ def _joined_before(x: Value, first: Layer, path: Sequence[Resampling], second: L
     for op in path:
         value = op(value)
     return value
-
-
-def _joined_behind(x: Value, first: Layer, path: Sequence[Resampling], second: Layer) -> Value:
-    """second first R*(x)."""
-    axes = _axes_of(first, path[0], x.tensor_type)
-    left = _require_passage(path, x.tensor_type, axes, first, second)
-    require(second.spatial in (None, left), f"{first.label} and {second.label} act on different axes")
-    value = x
-    for op in path:
-        value = op(value)
-    return compose(second, _on(first, left), value.tensor_type.size(left))(value)
 
 
 def _axes_of(first: Layer, resampling: Resampling, given: TensorType) -> int:
@@ -153,10 +153,11 @@ def _require_passage(path: Sequence[Resampling], given: TensorType, axes: int, m
 
 def _require_one_position(flatten: Structural, given: TensorType, axes: int, second: Layer) -> None:
     """Behind the channel axis everything is 1 wide: at every size that ``second`` takes, if it is at the example's."""
-    channels = given.shape[-axes - 1]
+    other_axes = f"{flatten.label} flattens other axes than those behind the channels"
+    require(axes > 0 and len(given.shape) == axes + 2, other_axes)
+    channels = given.shape[1]
     probe = flatten.infer(given.with_shape((2, channels, *[3] * axes)))
-    plain = len(given.shape) == axes + 2 and probe is not None and probe.shape == (2, channels * 3**axes)
-    require(plain, f"{flatten.label} flattens other axes than those behind the channels")
+    require(probe is not None and probe.shape == (2, channels * 3**axes), other_axes)
     require(set(given.shape[2:]) <= {1}, f"{flatten.label} flattens several positions")
     require(second.channels is not None, f"{second.label} takes any number of positions")
 
