@@ -22,11 +22,14 @@ from rgc.operators import (
     Constant,
     Flatten,
     Identity,
+    MaxPool,
     Multiply,
     Opaque,
     Structural,
     Unflatten,
+    Upsample,
 )
+from rgc.ranges import Interval, range_of
 from rgc.region import Join, Region
 from rgc.report import Firing, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
@@ -39,9 +42,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred",
-    "Explanation", "Firing", "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear",
-    "Multiply", "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report",
-    "Rewrite", "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification",
-    "add", "border", "compile", "compose", "explain", "graph_pass", "load", "models", "nn", "passes", "require",
-    "rewrite", "save", "testing", "unit", "verify",
+    "Explanation", "Firing", "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval",
+    "Join", "Linear", "MaxPool", "Multiply", "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal",
+    "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "TensorType", "TraceError",
+    "Unflatten", "Upsample", "Value", "Verification", "add", "border", "compile", "compose", "explain", "graph_pass",
+    "load", "models", "nn", "passes", "range_of", "require", "rewrite", "save", "testing", "unit", "verify",
 ]  # fmt: skip
