@@ -6,16 +6,31 @@ The whole region between the source and the meeting point is taken at once, so a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from rgc import Add, Conv, Join, Linear, Value, add, rewrite
+from rgc import Add, Conv, Gather, Join, Linear, Scale, Value, add, regroup_by_sparsity, rewrite
+
+#: Weights in which zeros are looked for, which means that they are computed before the cost is weighed.
+MOST_WEIGHTS = 2**22
 
 
 @rewrite(lambda x, branches: branches(x))
 def merge_branches(x: Value, branches: Join) -> Value:
-    spatial = branches.spatial
-    return branches.as_linear(x.tensor_type.size(spatial))(x)
+    linear = branches.as_linear(x.tensor_type.size(branches.spatial))
+    if isinstance(linear, Scale) and linear.is_identity:
+        return x
+    return _in_groups(linear, branches)(x)
+
+
+def _in_groups(linear: Linear, branches: Join) -> Linear:
+    """Branches of some of the channels leave zeros in the merged weight, and those are groups."""
+    selects = any(isinstance(value.op, Gather) for value in branches.values)
+    if not selects or not isinstance(linear, Conv) or linear.groups > 1 or math.prod(linear.shape) > MOST_WEIGHTS:
+        return linear
+    return regroup_by_sparsity(linear)
 
 
 @merge_branches.also(lambda x, y, first, second: (y + first(x)) + second(x))

@@ -201,8 +201,8 @@ class Conv(Linear):
             raise GraphError(f"Conv: a constant pad value contradicts padding mode {self.padding_mode!r}")
         if min(*self.kernel, *self.stride, *self.dilation, 1, 1) < 1:
             raise GraphError(f"Conv: kernel {self.kernel}, stride {self.stride} or dilation {self.dilation} is below 1")
-        if min(*itertools.chain(*self.padding), *self.output_padding, 0, 0) < 0:
-            raise GraphError(f"Conv: padding {self.padding} or output padding {self.output_padding} is negative")
+        if min(*self.output_padding, 0, 0) < 0:
+            raise GraphError(f"Conv: output padding {self.output_padding} is negative")
         if any(self.output_padding) and not self.transposed:
             raise GraphError("Conv: only a transposed convolution has an output padding")
         if self.transposed and any(before != after for before, after in self.padding):
@@ -306,7 +306,7 @@ class Conv(Linear):
             return transposed(
                 x, self.weight, bias, self.stride, before, self.output_padding, self.groups, self.dilation
             )
-        if self.padding_mode == "zeros" and self.pad_value is None and all(b == a for b, a in self.padding):
+        if self.padding_mode == "zeros" and self.pad_value is None and all(b == a >= 0 for b, a in self.padding):
             return convolve(x, self.weight, bias, self.stride, [b for b, _ in self.padding], self.dilation, self.groups)
         return convolve(pad(x, self), self.weight, bias, self.stride, 0, self.dilation, self.groups)
 

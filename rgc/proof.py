@@ -17,6 +17,7 @@ from rgc.algebra import Conv, Linear
 from rgc.errors import NotEquivalentError, RgcError
 from rgc.ir import Value, evaluate_value, topological
 from rgc.operators import Activation, AvgPool, Call, Constant
+from rgc.rearrange import Assign, BorderFill, PixelShuffle, Rearrangement
 
 #: Largest difference, relative to the largest intermediate value, that float64 rounding explains.
 TOLERANCE = 1e-10
@@ -101,7 +102,7 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
     exact = [source.tensor_type.shape for source in sources]
     spatial = {_spatial(value) for value in values} - {None}
-    free = all(v.op.any_size and not isinstance(v.op, Call | Constant) for v in values)
+    free = all(v.op.any_size and not isinstance(v.op, Assign | Call | Constant) for v in values)
     if not free or len(spatial) != 1 or len({len(shape) for shape in exact}) > 1 or len({s[1:] for s in exact}) > 1:
         return []
     axes = next(iter(spatial)) or 0
@@ -116,6 +117,10 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
 def _spatial(value: Value) -> int | None:
     if isinstance(value.op, Linear):
         return value.op.spatial
+    if isinstance(value.op, PixelShuffle):
+        return 2
+    if isinstance(value.op, BorderFill):
+        return len(value.op.widths)
     if isinstance(value.op, Activation) and value.op.weight is not None and value.op.weight.numel() > 1:
         return len(value.tensor_type.shape) - 2  # slopes along axis 1
     return None
@@ -139,6 +144,10 @@ def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[in
             fields[value] = (reach + widest * stride, stride * (1 if op.transposed else max(op.stride)))
         elif isinstance(op, AvgPool):
             fields[value] = (reach + (max(op.window) - 1) * stride, stride * max(op.stride))
+        elif isinstance(op, Rearrangement):
+            fields[value] = (reach + op.reach[0] * stride, stride * op.reach[1])
+        elif isinstance(op, BorderFill):
+            fields[value] = (reach + max(map(sum, op.widths)) * stride, stride)
         else:
             fields[value] = (reach, stride)
     return max(reach for reach, _ in fields.values()), max(stride for _, stride in fields.values())

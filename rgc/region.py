@@ -17,6 +17,8 @@ from rgc.algebra import Conv, Linear, Scale, Size, add, compose
 from rgc.errors import GraphError, Refusal, require
 from rgc.ir import Graph, Operator, TensorType, Value, evaluate_value
 from rgc.operators import Add, Concat, Constant
+from rgc.rearrange import Gather, Listed, selecting
+from rgc.sparsity import block_diagonal, on_one_grid
 
 #: A walk back from a join gives up after so many values, which keeps matching linear in the size of the graph.
 LONGEST_WALK = 256
@@ -52,11 +54,11 @@ class Region(Operator):
     def as_linear(self, size: Size | None) -> Linear:
         """The region as one linear operator, or a refusal that names the value in the way."""
         axes, channels = self._axes_and_channels
-        maps: dict[Value, Linear] = {self.source: Scale(torch.ones(channels), torch.zeros(channels), axes)}
+        maps = {self.source: _Image(_identity(channels, axes), tuple(range(channels)))}
         for value in self.values:
             if not isinstance(value.op, Constant):
                 maps[value] = _image(value, [maps.get(used) for used in value.inputs], size, channels)
-        return maps[self.sink]
+        return _of_all_channels(maps[self.sink], size, channels, axes)
 
     @property
     def spatial(self) -> int:
@@ -145,29 +147,82 @@ def _between(source: Value | None, sink: Value, order: dict[Value, int]) -> Regi
     return Region(source, tuple(sorted(seen, key=order.__getitem__)))
 
 
-def _image(value: Value, images: list[Linear | None], size: Size | None, channels: int) -> Linear:
+@dataclass(frozen=True)
+class _Image:
+    """A value of a region: a linear operator of the source's channels ``read``, in that order."""
+
+    op: Linear
+    read: tuple[int, ...]
+
+    @property
+    def is_selection(self) -> bool:
+        """Does it only select channels?"""
+        return isinstance(self.op, Scale) and self.op.is_identity
+
+
+def _identity(channels: int, axes: int) -> Scale:
+    return Scale(torch.ones(channels), torch.zeros(channels), axes)
+
+
+def _image(value: Value, images: list[_Image | None], size: Size | None, channels: int) -> _Image:
     known = [image for image in images if image is not None]
     if len(known) < len(images):
         raise Refusal(f"{value.where} mixes in a constant")
+    first = known[0] if known else None
+    if isinstance(value.op, Gather) and first is not None and first.is_selection and min(value.op.index) >= 0:
+        require(first.op.spatial == value.op.axes, f"{value.where} selects along another axis than the channels")
+        return _Image(_identity(len(value.op.index), value.op.axes), tuple(first.read[i] for i in value.op.index))
     if isinstance(value.op, Linear):
-        return compose(value.op, known[0], size)
+        assert first is not None
+        return _Image(compose(value.op, first.op, size), first.read)
     if isinstance(value.op, Add):
-        right = known[1] if value.op.sign == 1 else compose(Scale(-torch.ones(1), torch.zeros(1)), known[1], size)
-        return add(known[0], right, size)
+        left, right = _of_same_channels(known, size, channels)
+        if value.op.sign == -1:
+            right = _Image(compose(Scale(-torch.ones(1), torch.zeros(1)), right.op, size), right.read)
+        return _Image(add(left.op, right.op, size), left.read)
     if isinstance(value.op, Concat):
         return _stacked(value, known, size, channels)
     raise Refusal(f"{value.where} ({value.op.label}) is affine but not a convolution")
 
 
-def _stacked(value: Value, images: list[Linear], size: Size | None, channels: int) -> Linear:
-    """A concatenation of channels is the sum of the parts, each moved to its own output channels."""
-    spatial = next((image.spatial for image in images if image.spatial is not None), None)
+def _of_all_channels(image: _Image, size: Size | None, channels: int, axes: int) -> Linear:
+    """An operator of all the source's channels."""
+    if image.read == tuple(range(channels)):
+        return image.op
+    if image.is_selection:
+        return Gather(Listed(image.read), channels, axes)
+    return compose(image.op, selecting(image.read, channels, axes), size)
+
+
+def _of_same_channels(images: list[_Image], size: Size | None, channels: int) -> list[_Image]:
+    if len({image.read for image in images}) == 1:
+        return images
+    axes = next((image.op.spatial for image in images if image.op.spatial is not None), None)
+    assert axes is not None  # the source says it
+    return [_Image(_of_all_channels(image, size, channels, axes), tuple(range(channels))) for image in images]
+
+
+def _stacked(value: Value, images: list[_Image], size: Size | None, channels: int) -> _Image:
+    """A concatenation of channels: selections one after the other, blocks side by side, or a sum of moved parts."""
+    if not images:
+        raise GraphError(f"{value.where}: a concatenation of nothing")
     op = value.op
     assert isinstance(op, Concat)
-    if spatial is None:
-        spatial = -op.axis - 1
+    spatial = next((image.op.spatial for image in images if image.op.spatial is not None), -op.axis - 1)
     require(op.axis == -spatial - 1, f"{value.where} concatenates along axis {op.axis}, not along the channels")
-    parts = [image.as_conv(channels, spatial) for image in images]
+    read = tuple(channel for image in images for channel in image.read)
+    if all(image.is_selection for image in images):
+        return _Image(_identity(len(read), spatial), read)
+    if len(set(read)) == len(read) and len(images) > 1:
+        parts = [image.op.as_conv(len(image.read), spatial) for image in images]
+        if not any(part.transposed for part in parts):
+            return _Image(block_diagonal(parts, size), read)
+    images = _of_same_channels(images, size, channels)
+    parts = on_one_grid([image.op.as_conv(len(image.read), spatial) for image in images])
+    return _Image(_sum_of_moved(parts, spatial, size), images[0].read)
+
+
+def _sum_of_moved(parts: list[Conv], spatial: int, size: Size | None) -> Linear:
     total = sum(part.out_channels for part in parts)
     result: Linear | None = None
     start = 0
@@ -177,6 +232,5 @@ def _stacked(value: Value, images: list[Linear], size: Size | None, channels: in
         moved = compose(Conv(select), part, size)
         result = moved if result is None else add(result, moved, size)
         start += part.out_channels
-    if result is None:
-        raise GraphError(f"{value.where}: a concatenation of nothing")
+    assert result is not None
     return result
