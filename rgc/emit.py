@@ -72,6 +72,8 @@ def _layer_names(op: Operator) -> list[str]:
             return [] if op.is_view else [type(_pad_layer(op)).__name__, *_setitems(op)]
         case Subsample():
             return []
+        case PixelUnshuffle(places=tuple()):
+            return ["cat"]
         case PixelShuffle() | PixelUnshuffle():
             return [type(op).__name__]
         case BorderFill():
@@ -185,6 +187,9 @@ class _Emitter:
                 return self._function(value, operator.getitem, inputs[0], op.index)
             case PixelShuffle():
                 return self._module(value, lambda: nn.PixelShuffle(op.factor), inputs[0])
+            case PixelUnshuffle(places=tuple()):
+                parts = [self._function(value, operator.getitem, inputs[0], index) for index in op.indices]
+                return self._function(value, torch.cat, parts, -3)
             case PixelUnshuffle():
                 return self._module(value, lambda: nn.PixelUnshuffle(op.factor), inputs[0])
             case BorderFill():

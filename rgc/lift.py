@@ -26,6 +26,7 @@ from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler
 from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
 from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler
 from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural
+from rgc.rearrange import Subsample
 from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS, call_name
 
 
@@ -233,7 +234,9 @@ class _Lifter:
 
     def _looked_through(self, value: Value) -> tuple[Value, ...]:
         """What a value keeps alive: a handler that knows its form will read its input instead."""
-        return value.inputs if isinstance(value.op, Call) and call_name(value.op) in LOOKED_THROUGH else ()
+        if isinstance(value.op, Call):
+            return value.inputs if call_name(value.op) in LOOKED_THROUGH else ()
+        return value.inputs if isinstance(value.op, Subsample) else ()
 
     def _forget(self, node: fx.Node) -> None:
         for used in dict.fromkeys([*node.all_input_nodes, node]):

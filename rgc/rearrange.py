@@ -6,6 +6,7 @@ algebra. What stays is emitted as what the user wrote: a slice as a view, a shuf
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from abc import ABC, abstractmethod
@@ -442,9 +443,19 @@ def selecting(index: tuple[int, ...], channels: int, spatial: int) -> Conv:
 
 @dataclass(frozen=True, eq=False)
 class PixelUnshuffle(Rearrangement):
-    """Space to depth: a block of ``factor`` x ``factor`` positions becomes channels, [C, H, W] -> [C f f, H/f, W/f]."""
+    """Space to depth: a block of ``factor`` x ``factor`` positions becomes channels, [C, H, W] -> [C f f, H/f, W/f].
+
+    ``places`` is None for ``nn.PixelUnshuffle``, where the places of one channel follow each other. Otherwise it names
+    the places (row, column) in the order in which each gives all channels: ``cat([x[..., ::2, ::2], ...], 1)``.
+    """
 
     factor: int
+    places: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        every = list(itertools.product(range(self.factor), repeat=2))
+        if self.places is not None and sorted(self.places) != every:
+            raise GraphError(f"PixelUnshuffle: {self.places} are not the places of a {self.factor}x{self.factor} block")
 
     @property
     def spatial(self) -> int:
@@ -470,10 +481,24 @@ class PixelUnshuffle(Rearrangement):
         require(spatial == 2, f"{self.label} and its neighbour act on different axes")
         f = self.factor
         taps = torch.eye(f * f, dtype=torch.float64).reshape(f * f, 1, f, f)
-        return Conv(taps.repeat(channels, 1, 1, 1), stride=f, padding=((0, f - 1), (0, f - 1)), groups=channels)
+        padding = ((0, f - 1), (0, f - 1))
+        if self.places is None:
+            return Conv(taps.repeat(channels, 1, 1, 1), stride=f, padding=padding, groups=channels)
+        chosen = torch.stack([taps[row * f + column, 0] for row, column in self.places])
+        weight = torch.einsum("pkl,oi->poikl", chosen, torch.eye(channels, dtype=torch.float64))
+        return Conv(weight.reshape(f * f * channels, channels, f, f), stride=f, padding=padding)
+
+    @property
+    def indices(self) -> list[tuple[Any, ...]]:
+        """The index of each place, where the places are named."""
+        f = self.factor
+        return [
+            (Ellipsis, slice(row or None, None, f), slice(column or None, None, f)) for row, column in self.places or ()
+        ]
 
     def evaluate(self, *inputs: Any) -> Any:
-        return F.pixel_unshuffle(inputs[0], self.factor)
+        (x,) = inputs
+        return F.pixel_unshuffle(x, self.factor) if self.places is None else torch.cat([x[i] for i in self.indices], -3)
 
     def infer(self, *types: TensorType | None) -> TensorType | None:
         given, f = _known(self, *types), self.factor

@@ -5,6 +5,7 @@ A handler returns None for a form that is none, which leaves the call as it is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from rgc.algebra import Linear
 from rgc.errors import TraceError
-from rgc.functions import Handler, Lifting, _per_channel
+from rgc.functions import FUNCTIONS, Handler, Lifting, _per_channel
 from rgc.ir import Value
 from rgc.operators import Activation, Add, Call, Concat, Identity, Multiply, Slot
 from rgc.rearrange import (
@@ -168,6 +169,18 @@ def flatten(lifter: Lifting, x: Any, start_dim: int = 0, end_dim: int = -1) -> V
     return None if found is None else _along_channels(lifter, found[0], 1, Shuffle(found[1]))
 
 
+def concat(lifter: Lifting, tensors: Any, dim: int = 0, axis: int | None = None) -> Any:
+    """A concatenation of all pieces of a cut, or of every ``f``-th position from each place of a block on."""
+    where = dim if axis is None else axis
+    if isinstance(tensors, Value) and isinstance(lifter.real.get(tensors), list | tuple):
+        pieces = [_piece(lifter, tensors, number) for number in range(len(lifter.real[tensors]))]
+        return None if None in pieces else FUNCTIONS["cat"](lifter, pieces, where)
+    places = _places(tensors) if isinstance(tensors, list | tuple) else None
+    if places is None or where not in (-3, len(lifter.shape(tensors[0])) - 3):
+        return None
+    return lifter.emit(PixelUnshuffle(*places), tensors[0].inputs[0])
+
+
 def setitem(lifter: Lifting, x: Any, index: Any, value: Any) -> Value:
     """``x[index] = value``, out of place: a constant over a border, or any other assignment."""
     if not isinstance(lifter.real.get(x), Tensor):
@@ -205,7 +218,8 @@ LOOKED_THROUGH = frozenset({
 REARRANGEMENTS: dict[str, Handler] = {
     "pad": pad, "getitem": getitem, "slice": slice_along, "narrow": narrow, "index_select": index_select, "flip": flip,
     "channel_shuffle": channel_shuffle, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
-    "view": reshape, "reshape": reshape, "flatten": flatten, "setitem": setitem,
+    "cat": concat, "concat": concat, "concatenate": concat, "view": reshape, "reshape": reshape, "flatten": flatten,
+    "setitem": setitem,
 }  # fmt: skip
 
 _MODES: dict[str, Any] = {
@@ -328,6 +342,19 @@ def _border(lifter: Lifting, x: Value, index: Any) -> Sides | None:
     return tuple(width if lead + axis == named[0] else (0, 0) for axis in range(axes))
 
 
+def _places(parts: Sequence[Any]) -> tuple[int, tuple[tuple[int, int], ...]] | None:
+    """The block size and the places in it, where the parts are the subsamplings of one value from each place on."""
+    ops = [part.op for part in parts if isinstance(part, Value) and isinstance(part.op, Subsample)]
+    if not ops or len(ops) < len(parts) or len({part.inputs for part in parts}) > 1 or len({op.step for op in ops}) > 1:
+        return None
+    step = ops[0].step
+    if len(step) != 2 or step[0] != step[1] or any(after for op in ops for _, after in op.crop):
+        return None
+    places = tuple((op.crop[0][0], op.crop[1][0]) for op in ops)
+    every = sorted(itertools.product(range(step[0]), repeat=2))
+    return (step[0], places) if sorted(places) == every else None
+
+
 def _piece(lifter: Lifting, pieces: Value, number: int) -> Value | None:
     """An element of what chunk, split or tensor_split returned."""
     cut = {"split_with_sizes": "split"}.get(_name(pieces), _name(pieces))
@@ -418,17 +445,27 @@ def _is_of_channels(lifter: Lifting, size: Any, source: Value) -> bool:
 
 
 def _measured(size: Value) -> tuple[Value, int] | None:
-    """The tensor and the axis of which ``size`` is the length: x.shape[0], x.size(0), x.size()[0]."""
-    if not isinstance(size.op, Call) or not size.inputs:
+    """The tensor and the axis of which ``size`` is the length: x.shape[0], x.size(0), x.size()[0], x.shape[2:][0]."""
+    (number, *_) = _rest(size) or (None,)
+    if not isinstance(number, int) or not size.inputs:
         return None
-    args = size.op.args[1:]
-    if _name(size) in ("size", "sym_size") and len(args) == 1 and isinstance(args[0], int):
-        return size.inputs[0], args[0]
     whole = size.inputs[0]
-    if _name(size) != "getitem" or not isinstance(args[0], int) or not isinstance(whole.op, Call):
+    if _name(size) in ("size", "sym_size"):
+        return whole, number
+    if _name(size) != "getitem" or not whole.inputs:
         return None
-    is_shape = _name(whole) == "size" or (_name(whole) == "getattr" and whole.op.args[1:] == ("shape",))
-    return (whole.inputs[0], args[0]) if is_shape and whole.inputs else None
+    (some, *_) = _rest(whole) or (None,)
+    if _name(whole) == "getitem" and isinstance(some, slice):
+        if some.step not in (None, 1) or (some.start or 0) < 0 or number < 0 or not whole.inputs[0].inputs:
+            return None
+        whole, number = whole.inputs[0], number + (some.start or 0)
+    is_shape = (_name(whole), *_rest(whole)) in {("size",), ("getattr", "shape")}
+    return (whole.inputs[0], number) if is_shape else None
+
+
+def _rest(value: Value) -> tuple[Any, ...]:
+    """The arguments of a call behind the first."""
+    return value.op.args[1:] if isinstance(value.op, Call) else ()
 
 
 def _name(value: Value) -> str:
