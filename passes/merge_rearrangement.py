@@ -7,6 +7,8 @@ costs nothing, stays.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,10 @@ def merge_rearrangement(x: Value, move: Rearrangement, linear: Conv | AvgPool) -
 
 @merge_rearrangement.also(lambda x, linear, move: move(linear(x)))
 def merge_rearrangement_after(x: Value, linear: Conv, move: Rearrangement) -> Value:
-    return compose(move, linear, _size(x, move))(x)
+    merged = compose(move, linear, _size(x, move))
+    corrected = isinstance(merged, Conv) and not set(merged.extras) & {"ones", "add"} <= set(linear.extras)
+    require(not corrected, f"{move.label} pads with another value than the bias of {linear.label}")
+    return merged(x)
 
 
 @merge_rearrangement.also(lambda x, move: move(x))
@@ -52,21 +57,16 @@ def _without_unused_padding(linear: Linear, factor: int) -> Linear:
         return linear
     sides = zip(linear.padding, linear.dilation, linear.kernel, strict=True)
     padding = tuple((b, a - max((b + a - d * (k - 1) - 1) % factor, 0)) for (b, a), d, k in sides)
-    return Conv(
-        linear.weight, linear.bias, linear.stride, padding, linear.dilation, linear.groups, linear.padding_mode,
-        linear.pad_value,
-    )  # fmt: skip
+    return replace(linear, padding=padding)
 
 
 class _Cropped(nn.Module):
-    """The 3x1 kernel of an asymmetric block as its release writes it: on a cropped input."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 4, (3, 1))
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x[:, :, :, 1:-1])
+        y: Tensor = self.conv(x)[:, :, 1:-1, 1:-1]
         return y.relu()
 
 
@@ -108,7 +108,7 @@ def padding_layer_before_a_convolution() -> nn.Module:
 
 
 @merge_rearrangement.fires_on(shape=(2, 4, 9, 8))
-def convolution_of_a_cropped_input() -> nn.Module:
+def convolution_whose_output_is_cropped() -> nn.Module:
     return _Cropped().eval()
 
 
@@ -130,6 +130,11 @@ def space_to_depth_stem() -> nn.Module:
 @merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="is also used elsewhere")
 def both_halves_of_the_channels_of_a_convolution() -> nn.Module:
     return _Half(both=True).eval()
+
+
+@merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="pads with another value than the bias")
+def padding_layer_behind_a_convolution_with_bias() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.ZeroPad2d(1), nn.ReLU()).eval()
 
 
 @merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="is a view")

@@ -264,8 +264,7 @@ def _merged_origin(match: Match) -> Origin:
 
 
 def _evidence_class(match: Match, added: list[Value], error: float) -> str:
-    convs = [value.op for value in added if isinstance(value.op, Conv)]
-    if any(op.bias is not None and op.bias.dim() > 1 for op in convs):
+    if any({"add", "ones", "sub"} & set(value.op.extras) for value in added if isinstance(value.op, Conv)):
         return "exact+corrected"
     reused = {id(value.op) for value in match.interior}
     fewer = all(id(value.op) in reused for value in added) and len(added) < len(match.interior)

@@ -45,6 +45,7 @@ def block_diagonal(parts: Sequence[Conv], size: Size | None = None) -> Conv:
     Raises a `Refusal` where strides or paddings differ.
     """
     require(not any(part.transposed for part in parts), "transposed convolutions side by side are not merged")
+    require(all(part.ones is None for part in parts), "a channel of ones would make convolutions side by side dense")
     inputs, outputs = (sum(part.channels[end] for part in parts) for end in (0, 1))
     starts = [list(itertools.accumulate((part.channels[end] for part in parts), initial=0)) for end in (0, 1)]
     groups = _common_groups(parts, starts, inputs, outputs)
