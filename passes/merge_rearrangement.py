@@ -20,9 +20,7 @@ def merge_rearrangement(x: Value, move: Rearrangement, linear: Conv | AvgPool) -
     slices = isinstance(move, Gather) and move.is_view
     require(not slices, f"{move.label} is a view: to read it costs nothing, to read all channels does")
     merged = compose(linear, _as_conv(x, move), _size(x, move))
-    if isinstance(move, PixelUnshuffle):
-        merged = _without_unused_padding(merged, move.factor)
-    return merged(x)
+    return (_without_unused_padding(merged, move.factor) if isinstance(move, PixelUnshuffle) else merged)(x)
 
 
 @merge_rearrangement.also(lambda x, linear, move: move(linear(x)))
@@ -44,7 +42,8 @@ def _as_conv(x: Value, move: Rearrangement) -> Conv:
     spatial = move.spatial
     assert spatial is not None  # a rearrangement names its axes
     shape = x.tensor_type.shape
-    return move.as_conv(shape[len(shape) - spatial - 1], spatial)
+    channels = shape[len(shape) - spatial - 1]
+    return (move.as_conv_before if isinstance(move, PixelUnshuffle) else move.as_conv)(channels, spatial)
 
 
 def _size(x: Value, move: Rearrangement) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -474,19 +474,22 @@ class PixelUnshuffle(Rearrangement):
         return f"pixel unshuffle {self.factor}"
 
     def as_conv(self, channels: int, spatial: int) -> Conv:
-        """Kernel f, stride f. The padding behind adds no output where f divides the size, as it must.
-
-        It says that beyond the last block there are zeros, which is what a convolution behind would pad with.
-        """
         require(spatial == 2, f"{self.label} and its neighbour act on different axes")
         f = self.factor
         taps = torch.eye(f * f, dtype=torch.float64).reshape(f * f, 1, f, f)
-        padding = ((0, f - 1), (0, f - 1))
         if self.places is None:
-            return Conv(taps.repeat(channels, 1, 1, 1), stride=f, padding=padding, groups=channels)
+            return Conv(taps.repeat(channels, 1, 1, 1), stride=f, groups=channels)
         chosen = torch.stack([taps[row * f + column, 0] for row, column in self.places])
         weight = torch.einsum("pkl,oi->poikl", chosen, torch.eye(channels, dtype=torch.float64))
-        return Conv(weight.reshape(f * f * channels, channels, f, f), stride=f, padding=padding)
+        return Conv(weight.reshape(f * f * channels, channels, f, f), stride=f)
+
+    def as_conv_before(self, channels: int, spatial: int) -> Conv:
+        """The same where ``factor`` divides the size, as it must, for a neighbour that pads.
+
+        The padding behind adds no output at these sizes, but says that there are zeros beyond the last block.
+        """
+        behind = (0, self.factor - 1)
+        return replace(self.as_conv(channels, spatial), padding=(behind, behind))
 
     @property
     def indices(self) -> list[tuple[Any, ...]]:

@@ -211,7 +211,7 @@ def test_a_space_to_depth_of_slices_is_a_strided_convolution(places: Any) -> Non
 
 def test_a_pixel_unshuffle_before_a_padded_convolution_is_one_at_every_size() -> None:
     conv = Conv(integers(3, 4, 12, 3, 3), integers(4, 4), padding=1)
-    merged = compose(conv, PixelUnshuffle(2).as_conv(3, 2))
+    merged = compose(conv, PixelUnshuffle(2).as_conv_before(3, 2))
     for size in ((2, 2), (4, 6), (8, 10)):
         x = integers(5, 2, 3, *size)
         assert torch.equal(merged.evaluate(x), conv.evaluate(F.pixel_unshuffle(x, 2)))
