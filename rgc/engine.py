@@ -20,7 +20,7 @@ from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.proof import check_firing
-from rgc.region import affine_regions, join_at
+from rgc.region import affine_regions, join_at, partial_joins_at
 from rgc.report import Failure, Firing, Refused
 from rgc.rewrite import Case, GraphPass, Match, Pass, Rewrite, observed, unread_geometry
 
@@ -127,13 +127,17 @@ class _Worklist:
         for rewrite, case in self.local:
             if self._try_all(rewrite, value, case.match(value), case):
                 return
-        join = join_at(value, self.order) if self.regional else None
-        if join is None:
-            return
         for rewrite, case in self.regional:
-            match = case.match_region(join)
-            if match is not None and self._try_all(rewrite, value, iter([match]), case):
+            if self._try_all(rewrite, value, self._joins(case, value), case):
                 return
+
+    def _joins(self, case: Case, value: Value) -> Iterator[Match]:
+        """The branches that meet in ``value``, all of them first."""
+        join = join_at(value, self.order)
+        whole = None if join is None else case.match_region(join)
+        if whole is not None:
+            yield whole
+        yield from filter(None, map(case.match_partial, partial_joins_at(value, self.graph)))
 
     def _visit_regions(self) -> bool:
         """Whole maximal regions come last, when nothing local fires any more; True if one fired."""
@@ -162,14 +166,16 @@ class _Worklist:
 
     def _fire(self, rewrite: Rewrite, case: Case, match: Match) -> None:
         root = match.root
-        new = _build(rewrite, case, match)
-        _require_same_type(rewrite, root, new)
+        replacement = _build(rewrite, case, match)
+        _require_same_type(rewrite, match.target, replacement)
+        new = match.embed(replacement)
         added = topological([new], known=self.graph.__contains__)
         for value in added:
             value.op = value.op.__dict__.get("_original", value.op)
         dying = _dying(self.graph, match)
         self._require_gain(dying, added, match)
-        error = check_firing(root, new, [value for value in match.values.values() if value not in match.interior])
+        sources = [value for value in match.values.values() if value not in match.interior]
+        error = check_firing(match.target, replacement, sources)
         self.uses.update(id(value.op) for value in added)
         self.uses.subtract(id(value.op) for value in dying)
         self._replace(match, new, added)
