@@ -34,6 +34,7 @@ from rgc.operators import (
     Unflatten,
     Upsample,
 )
+from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 
 
 def emit(graph: Graph, dtype: torch.dtype | None) -> fx.GraphModule:
@@ -70,6 +71,18 @@ def _layer_names(op: Operator) -> list[str]:
             return ["PReLU" if op.weight is not None else getattr(_ACTIVATIONS.get(op.name), "__name__", op.name)]
         case Concat():
             return ["cat"]
+        case Gather():
+            return [] if op.is_view else [getattr(op.steps[0][0], "__name__", "")]
+        case Pad():
+            return [] if op.is_view else [type(_pad_layer(op)).__name__, *_setitems(op)]
+        case Subsample():
+            return []
+        case PixelUnshuffle(places=tuple()):
+            return ["cat"]
+        case PixelShuffle() | PixelUnshuffle():
+            return [type(op).__name__]
+        case BorderFill():
+            return ["setitem"] * len(op.assignments)
         case Input() | Constant() | Identity() | Flatten() | Unflatten():
             return []
         case Call():
@@ -85,6 +98,7 @@ class _Emitter:
         self.nodes: dict[Value, fx.Node] = {}
         self.modules: dict[int, str] = {}  # id of an operator or module -> path, so that what is shared stays shared
         self.parameters: dict[Any, tuple[Tensor, nn.Parameter]] = {}  # by the memory they came from, kept alive
+        self.calls: dict[tuple[fx.Node, Any, str], fx.Node] = {}  # of selections, by what is called
         self.names: set[str] = set()
         self.containers: set[str] = set()
 
@@ -174,6 +188,23 @@ class _Emitter:
                 return self._function(value, torch.cat, inputs, op.axis)
             case Constant():
                 return self._constant(value, op.tensor)
+            case Gather():
+                return self._gather(value, op, inputs[0])
+            case Pad():
+                return self._pad(value, op, inputs[0])
+            case Subsample():
+                return self._function(value, operator.getitem, inputs[0], op.index)
+            case PixelShuffle():
+                return self._module(value, lambda: nn.PixelShuffle(op.factor), inputs[0])
+            case PixelUnshuffle(places=tuple()):
+                parts = [self._function(value, operator.getitem, inputs[0], index) for index in op.indices]
+                return self._function(value, torch.cat, parts, -3)
+            case PixelUnshuffle():
+                return self._module(value, lambda: nn.PixelUnshuffle(op.factor), inputs[0])
+            case BorderFill():
+                return self._assigned(value, op, self._own(value, inputs[0]))
+            case Assign():
+                return self._assign(value, op, inputs)
             case Call():
                 return self._call(value, op, inputs)
         raise GraphError(f"{value.where}: no layer for the operator {op.label}")
@@ -220,7 +251,44 @@ class _Emitter:
 
     def _may_overwrite(self, value: Value) -> bool:
         """Nobody else reads the value, and its memory is its own."""
-        return self.source.use_count(value) == 1 and value.op.fresh and not isinstance(value.op, Input | Scale)
+        fresh = value.op.fresh or (isinstance(value.op, Pad) and not value.op.is_view)
+        return self.source.use_count(value) == 1 and fresh and not isinstance(value.op, Input | Scale)
+
+    def _gather(self, value: Value, op: Gather, x: fx.Node) -> fx.Node:
+        for function, args in op.steps:
+            args = tuple(self._constant(value, arg, "index") if isinstance(arg, Tensor) else arg for arg in args)
+            known = (x, function, repr(args))  # the pieces of one chunk() share the call
+            if known not in self.calls:
+                self.calls[known] = self._function(value, function, x, *args)
+            x = self.calls[known]
+        return x
+
+    def _pad(self, value: Value, op: Pad, x: fx.Node) -> fx.Node:
+        if op.is_view:
+            return self._function(value, operator.getitem, x, slices(op.padding))
+        x = self._module(value, lambda: _pad_layer(op), x)
+        return x if not _setitems(op) else self._assigned(value, _fill_of(op), x)
+
+    def _own(self, value: Value, x: fx.Node) -> fx.Node:
+        """The input of ``value`` as a tensor that it may overwrite."""
+        return x if self._may_overwrite(value.inputs[0]) else self.graph.call_method("clone", (x,))
+
+    def _assigned(self, value: Value, op: BorderFill, y: fx.Node) -> fx.Node:
+        filling: Any = float(op.value) if op.value.numel() == 1 else self._constant(value, op.filling, "border")
+        for index in op.assignments:
+            self._function(value, operator.setitem, y, index, filling)
+        return y
+
+    def _assign(self, value: Value, op: Assign, inputs: list[fx.Node]) -> fx.Node:
+        index, assigned = op.filled(tuple(inputs))
+        index, assigned = tree_map(
+            lambda leaf: self._constant(value, leaf) if isinstance(leaf, Tensor) else leaf,
+            (index, assigned),
+            is_leaf=_is_node,
+        )
+        y = self._own(value, inputs[0])
+        self._function(value, operator.setitem, y, index, assigned)
+        return y
 
     def _call(self, value: Value, op: Call, inputs: list[fx.Node]) -> fx.Node:
         args = tree_map(lambda leaf: inputs[leaf.index] if isinstance(leaf, Slot) else leaf, op.args, is_leaf=_is_slot)
@@ -360,6 +428,24 @@ def _padding_layer(op: Conv) -> nn.Module:
     if any(cropped):
         layers.append(getattr(nn, f"ConstantPad{op.spatial}d")(cropped, 0.0))
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _pad_layer(op: Pad) -> nn.Module:
+    kinds: dict[str, Any] = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}
+    constant = op.value is not None and op.value.numel() == 1
+    kind = getattr(nn, f"{kinds.get(op.mode, 'ConstantPad' if constant else 'ZeroPad')}{op.spatial}d")
+    layer: nn.Module = kind(op.amounts, float(op.value)) if constant and op.value is not None else kind(op.amounts)
+    return layer
+
+
+def _setitems(op: Pad) -> list[str]:
+    return [] if op.value is None or op.value.numel() == 1 else ["setitem"] * len(_fill_of(op).assignments)
+
+
+def _fill_of(op: Pad) -> BorderFill:
+    """What puts one value per channel where the layer has put zeros."""
+    assert op.value is not None
+    return BorderFill(tuple((max(before, 0), max(after, 0)) for before, after in op.padding), op.value)
 
 
 def _batch_norm(op: BatchNorm, cast: Any, parameter: Any) -> nn.Module:

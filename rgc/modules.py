@@ -22,6 +22,12 @@ from rgc.functions import (
     upsample,
 )
 from rgc.operators import BatchNorm, Identity
+from rgc.rearrange_calls import (
+    channel_shuffle_module,
+    pad_module,
+    pixel_shuffle_module,
+    pixel_unshuffle_module,
+)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -140,6 +146,15 @@ MODULES: dict[type[nn.Module], Handler] = {
     nn.PReLU: _prelu_module, nn.Identity: _identity_module,
     nn.Dropout: _dropout_module, nn.Dropout1d: _dropout_module, nn.Dropout2d: _dropout_module,
     nn.Dropout3d: _dropout_module, nn.AlphaDropout: _dropout_module, nn.FeatureAlphaDropout: _dropout_module,
+    nn.ZeroPad1d: pad_module("constant"), nn.ZeroPad2d: pad_module("constant"), nn.ZeroPad3d: pad_module("constant"),
+    nn.ConstantPad1d: pad_module("constant"), nn.ConstantPad2d: pad_module("constant"),
+    nn.ConstantPad3d: pad_module("constant"), nn.ReflectionPad1d: pad_module("reflect"),
+    nn.ReflectionPad2d: pad_module("reflect"), nn.ReflectionPad3d: pad_module("reflect"),
+    nn.ReplicationPad1d: pad_module("replicate"), nn.ReplicationPad2d: pad_module("replicate"),
+    nn.ReplicationPad3d: pad_module("replicate"), nn.CircularPad1d: pad_module("circular"),
+    nn.CircularPad2d: pad_module("circular"), nn.CircularPad3d: pad_module("circular"),
+    nn.ChannelShuffle: channel_shuffle_module, nn.PixelShuffle: pixel_shuffle_module,
+    nn.PixelUnshuffle: pixel_unshuffle_module,
 }  # fmt: skip
 
 STRUCTURAL_MODULES = frozenset({

@@ -19,6 +19,7 @@ from rgc.errors import NotEquivalentError, RgcError
 from rgc.ir import Value, evaluate_value, topological
 from rgc.operators import Activation, AvgPool, Call, Constant, MaxPool, Upsample
 from rgc.ranges import Interval
+from rgc.rearrange import Assign, BorderFill, PixelShuffle, Rearrangement
 
 #: Largest difference, relative to the largest intermediate value, that float64 rounding explains.
 TOLERANCE = 1e-10
@@ -109,7 +110,7 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
     exact = [source.tensor_type.shape for source in sources]
     spatial = {_spatial(value) for value in values} - {None}
-    free = all(v.op.any_size and not isinstance(v.op, Call | Constant) for v in values)
+    free = all(v.op.any_size and not isinstance(v.op, Assign | Call | Constant) for v in values)
     if not free or len(spatial) > 1 or len({len(shape) for shape in exact}) > 1:
         return []
     axes = next(iter(spatial), None)
@@ -127,6 +128,10 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
 def _spatial(value: Value) -> int | None:
     if isinstance(value.op, Linear | MaxPool | Upsample):
         return value.op.spatial
+    if isinstance(value.op, PixelShuffle):
+        return 2
+    if isinstance(value.op, BorderFill):
+        return len(value.op.widths)
     if isinstance(value.op, Activation) and value.op.weight is not None and value.op.weight.numel() > 1:
         return len(value.tensor_type.shape) - 2  # slopes along axis 1
     return None
@@ -153,6 +158,10 @@ def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[in
         elif isinstance(op, MaxPool):
             widest = max(d * (k - 1) for d, k in zip(op.dilation, op.window, strict=True))
             fields[value] = (reach + widest * stride, stride * max(op.stride))
+        elif isinstance(op, Rearrangement):
+            fields[value] = (reach + op.reach[0] * stride, stride * op.reach[1])
+        elif isinstance(op, BorderFill):
+            fields[value] = (reach + max(map(sum, op.widths)) * stride, stride)
         else:
             fields[value] = (reach, stride)
     return max(reach for reach, _ in fields.values()), max(stride for _, stride in fields.values())
