@@ -12,23 +12,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgc import AvgPool, Conv, Gather, Linear, PixelUnshuffle, Rearrangement, Value, compose, require, rewrite
+from rgc import AvgPool, Conv, Gather, Linear, Pad, PixelUnshuffle, Rearrangement, Value, compose, require, rewrite
 
 
 @rewrite(lambda x, move, linear: linear(move(x)))
 def merge_rearrangement(x: Value, move: Rearrangement, linear: Conv | AvgPool) -> Value:
     slices = isinstance(move, Gather) and move.is_view
     require(not slices, f"{move.label} is a view: to read it costs nothing, to read all channels does")
-    merged = compose(linear, _as_conv(x, move), _size(x, move))
-    return (_without_unused_padding(merged, move.factor) if isinstance(move, PixelUnshuffle) else merged)(x)
+    merged = _before(linear, move, x)
+    _require_gain(merged, linear, move)
+    return merged(x)
 
 
 @merge_rearrangement.also(lambda x, linear, move: move(linear(x)))
 def merge_rearrangement_after(x: Value, linear: Conv, move: Rearrangement) -> Value:
     merged = compose(move, linear, _size(x, move))
-    corrected = isinstance(merged, Conv) and not set(merged.extras) & {"ones", "add"} <= set(linear.extras)
-    require(not corrected, f"{move.label} pads with another value than the bias of {linear.label}")
+    _require_gain(merged, linear, move)
     return merged(x)
+
+
+@merge_rearrangement.also(lambda x, first, pad, second: second(pad(first(x))))
+def merge_around_a_pad(x: Value, first: Conv, pad: Pad, second: Conv) -> Value:
+    channels = first.out_channels
+    return compose(compose(second, pad.as_conv(channels, pad.spatial)), first, _size(x, pad))(x)
 
 
 @merge_rearrangement.also(lambda x, move: move(x))
@@ -37,17 +43,26 @@ def drop_rearrangement(x: Value, move: Gather) -> Value:
     return x
 
 
-def _as_conv(x: Value, move: Rearrangement) -> Conv:
-    """By the number of channels that the source has: not every rearrangement says it."""
-    spatial = move.spatial
+def _before(linear: Linear, move: Rearrangement, x: Value) -> Linear:
+    """``move`` then ``linear``, by the number of channels of ``x``: not every rearrangement says it."""
+    spatial, shape = move.spatial, x.tensor_type.shape
     assert spatial is not None  # a rearrangement names its axes
-    shape = x.tensor_type.shape
     channels = shape[len(shape) - spatial - 1]
-    return (move.as_conv_before if isinstance(move, PixelUnshuffle) else move.as_conv)(channels, spatial)
+    if not isinstance(move, PixelUnshuffle):
+        return compose(linear, move.as_conv(channels, spatial), _size(x, move))
+    merged = compose(linear, move.as_conv_before(channels, spatial), _size(x, move))
+    return _without_unused_padding(merged, move.factor)
 
 
 def _size(x: Value, move: Rearrangement) -> tuple[int, ...] | None:
     return None if move.spatial is None else x.tensor_type.size(move.spatial)
+
+
+def _require_gain(merged: Linear, linear: Conv | AvgPool, move: Rearrangement) -> None:
+    """What PyTorch's convolution cannot do runs as a layer of its own, which is no better than what is there."""
+    own = linear.extras if isinstance(linear, Conv) else ()
+    more = [extra for extra in merged.extras if extra not in own] if isinstance(merged, Conv) else []
+    require(not more, f"{move.label} beside {linear.label} would take another layer ({', '.join(more)})")
 
 
 def _without_unused_padding(linear: Linear, factor: int) -> Linear:
@@ -103,7 +118,7 @@ class _OfHalf(nn.Module):
 
 @merge_rearrangement.fires_on(shape=(2, 4, 9, 8))
 def padding_layer_before_a_convolution() -> nn.Module:
-    return nn.Sequential(nn.ConstantPad2d((1, 1, 2, 2), 0.5), nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
+    return nn.Sequential(nn.ZeroPad2d((1, 1, 2, 2)), nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
 
 
 @merge_rearrangement.fires_on(shape=(2, 4, 9, 8))
@@ -126,12 +141,23 @@ def space_to_depth_stem() -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 3, padding=1), nn.ReLU()).eval()
 
 
+@merge_rearrangement.fires_on(shape=(2, 4, 9, 8))
+def pad_of_one_side_between_convolutions() -> nn.Module:
+    first = nn.Conv2d(4, 8, 1, bias=False)
+    return nn.Sequential(first, nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 4, 3, stride=2), nn.ReLU()).eval()
+
+
+@merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="would take another layer (pad)")
+def pad_of_one_side_before_a_convolution() -> nn.Module:
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU()).eval()
+
+
 @merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="is also used elsewhere")
 def both_halves_of_the_channels_of_a_convolution() -> nn.Module:
     return _Half(both=True).eval()
 
 
-@merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="pads with another value than the bias")
+@merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="would take another layer (ones)")
 def padding_layer_behind_a_convolution_with_bias() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 1), nn.ZeroPad2d(1), nn.ReLU()).eval()
 
