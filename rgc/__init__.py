@@ -16,11 +16,13 @@ from rgc.operators import (
     Add,
     AvgPool,
     BatchNorm,
+    ChannelMean,
     Concat,
     Constant,
     Flatten,
     Identity,
     Multiply,
+    Normalize,
     Opaque,
     Structural,
     Unflatten,
@@ -36,10 +38,10 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
-    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply",
-    "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add",
-    "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes", "require", "rewrite", "save",
-    "testing", "unit", "verify",
+    "Activation", "Add", "AvgPool", "BatchNorm", "ChannelMean", "CompiledModule", "Concat", "Constant", "Conv",
+    "Deferred", "Firing", "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear",
+    "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused",
+    "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten",
+    "Value", "Verification", "add", "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes",
+    "require", "rewrite", "save", "testing", "unit", "verify",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Literal
 from rgc.algebra import Conv
 from rgc.errors import InputError
 from rgc.ir import Input, Value
-from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten
+from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten, completes
 
 Objective = Literal["latency", "depth", "macs", "params"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
@@ -32,7 +32,7 @@ class Target:
 
     def seconds(self, value: Value) -> float:
         """Estimated time of the operator that makes ``value``, at the example's shapes."""
-        if isinstance(value.op, Input | Constant | Structural | Flatten | Unflatten):
+        if isinstance(value.op, Input | Constant | Structural | Flatten | Unflatten) or completes(value):
             return 0.0
         compute = 2 * macs(value) / (self.peak * self.efficiency[_kernel_class(value)])
         return self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
@@ -87,7 +87,7 @@ def parameters(value: Value) -> int:
 
 def _layers(value: Value) -> float:
     """Layers first; a bias map is an addition, which counts a little."""
-    if isinstance(value.op, Input | Constant):
+    if isinstance(value.op, Input | Constant) or completes(value):
         return 0.0
     if isinstance(value.op, Structural | Flatten | Unflatten):
         return 0.01
