@@ -9,6 +9,7 @@ from rgc.passes.hygiene import hygiene
 from rgc.passes.merge_branches import merge_branches
 from rgc.passes.merge_pointwise import merge_pointwise
 from rgc.passes.merge_stage import merge_stage
+from rgc.passes.move_views import move_views
 from rgc.passes.remove_linear_activation import remove_linear_activation
 
 #: Every built-in pass, in the order in which they are tried at a value.
@@ -22,6 +23,7 @@ ALL = (
     merge_stage,
     absorb_residual,
     merge_branches,
+    move_views,
     collapse,
 )
 

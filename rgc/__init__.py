@@ -32,6 +32,7 @@ from rgc.report import Firing, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.verify import verify
+from rgc.views import carried_axis, inverts, is_permutation, is_reshape, relocated, takes_shape_of_another
 
 from rgc import passes  # isort: skip  # the built-in passes use only the public names above
 
@@ -42,6 +43,7 @@ __all__ = [
     "Deferred", "Firing", "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear",
     "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused",
     "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten",
-    "Value", "Verification", "add", "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes",
-    "require", "rewrite", "save", "testing", "unit", "verify",
+    "Value", "Verification", "add", "border", "carried_axis", "compile", "compose", "graph_pass", "inverts",
+    "is_permutation", "is_reshape", "load", "models", "nn", "passes", "relocated", "require", "rewrite", "save",
+    "takes_shape_of_another", "testing", "unit", "verify",
 ]  # fmt: skip
