@@ -22,9 +22,11 @@ from rgc.operators import (
     Concat,
     Identity,
     Multiply,
+    Normalize,
     Opaque,
     Slot,
     Structural,
+    completes,
 )
 
 
@@ -327,7 +329,17 @@ def measures_batch(size: Value, x: Value) -> bool:
         measured = measured.inputs[0]
     elif args[1:] != (0,) or size.op.label not in {"size", "sym_size.int"}:
         return False
-    return measured is x or isinstance(measured.op, Input)
+    return shape_source(measured) is shape_source(x) or isinstance(measured.op, Input)
+
+
+def shape_source(value: Value) -> Value:
+    """The value before a normalisation, which has the same shape; reading that one holds no weights of the norm back.
+
+    Before other operators that keep the shape it would be a second reader of what folds into them.
+    """
+    while isinstance(value.op, Normalize) or completes(value):
+        (value,) = value.inputs
+    return value
 
 
 FUNCTIONS: dict[str, Handler] = {

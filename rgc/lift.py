@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.contractions import CONTRACTIONS
 from rgc.errors import TraceError
-from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler
+from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler, shape_source
 from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
 from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler, refresh_weights
 from rgc.normalizations import ATEN_NORMALIZATIONS, NORMALIZATIONS
@@ -176,6 +176,10 @@ class _Lifter:
             target = _out_of_place(node, target, name)
         if isinstance(target, nn.Module) and not has_hooks(target):
             _refuse_training_state(node, target)
+        if _asks_for_size(target, name, args) and isinstance(args[0], Value):
+            source = shape_source(args[0])
+            self.recall(source, self.real[args[0]])
+            args = (source, *args[1:])
         values: list[Value] = []
 
         def slot(leaf: Any) -> Any:
@@ -351,6 +355,10 @@ def _refuse_training_state(node: fx.Node, module: nn.Module) -> None:
 
 def _asks_for_rank(target: Any, args: Sequence[Any]) -> bool:
     return (target is getattr and args[1:] == ("ndim",)) or target in ("dim", "ndimension")
+
+
+def _asks_for_size(target: Any, name: str, args: Sequence[Any]) -> bool:
+    return (target is getattr and args[1:] == ("shape",)) or name in ("size", "sym_size")
 
 
 def _fold(node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:

@@ -229,3 +229,17 @@ def test_a_normalisation_and_its_weights_cost_as_one_layer() -> None:
     assert len(values(True)) == len(values(False)) + 1
     for objective in ("depth", "latency"):
         assert cost(values(True), objective, CPU) == cost(values(False), objective, CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("read", [
+    lambda y: y.reshape(y.shape[0], -1, 3), lambda y: y.view(y.size(0), y.size(1), 2, 3).flatten(2),
+], ids=["shape", "size"])  # fmt: skip
+def test_reading_the_shape_of_a_normalised_value_does_not_hold_its_weights_back(read: Any) -> None:
+    def forward(x: Tensor, linear: nn.Module, norm: nn.Module) -> Tensor:
+        y: Tensor = norm(torch.relu(x))
+        z: Tensor = read(linear(y) * y.shape[1])
+        return z
+
+    compiled = compiled_equal(Model(forward, norm=nn.LayerNorm(6), linear=nn.Linear(6, 6)), TOKENS)
+    assert "fold_scale" in {each.rewrite for each in compiled.report.rewrites}
+    assert not list(compiled.get_submodule("parts.norm").parameters())
