@@ -15,6 +15,7 @@ from rgc.passes.merge_branches import merge_branches
 from rgc.passes.merge_pointwise import merge_pointwise
 from rgc.passes.merge_rearrangement import merge_rearrangement
 from rgc.passes.merge_stage import merge_stage
+from rgc.passes.move_views import move_views
 from rgc.passes.remove_linear_activation import remove_linear_activation
 
 #: Every built-in pass, in the order in which they are tried at a value.
@@ -34,6 +35,7 @@ ALL = (
     exchange_max_pool,
     exchange_resampling,
     merge_branches,
+    move_views,
     collapse,
 )
 

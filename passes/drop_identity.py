@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgc import Identity, Scale, Value, require, rewrite
+from rgc import Identity, Normalize, Scale, Value, require, rewrite
 
 
 def is_one(op: Identity | Scale) -> bool:
@@ -25,6 +26,8 @@ def is_zero(op: Scale) -> bool:
 
 @rewrite(lambda x, identity: identity(x))
 def drop_identity(x: Value, identity: Annotated[Identity | Scale, is_one]) -> Value:
+    costs_nothing = isinstance(x.op, Normalize) and isinstance(identity, Scale)
+    require(not costs_nothing, "the weights of a normalisation are neutral, but part of its layer")
     return x
 
 
@@ -73,6 +76,16 @@ def a_closed_gate_whose_branch_gives_the_sum_its_size() -> nn.Module:
 @drop_identity.leaves_alone(shape=(2, 3, 1, 1), because="at another size")
 def a_closed_gate_whose_branch_gives_the_sum_its_size_elsewhere() -> nn.Module:
     return _GatedPool().eval()
+
+
+class _Neutral(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (8,), torch.ones(8, dtype=x.dtype))
+
+
+@drop_identity.leaves_alone(shape=(2, 3, 8), because="part of its layer")
+def the_neutral_weights_of_a_new_layer_norm() -> nn.Module:
+    return _Neutral().eval()
 
 
 @drop_identity.leaves_alone(shape=(2, 3, 8, 8), because="")

@@ -227,16 +227,16 @@ def linear_layer_that_tells_positions_apart() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 5)).eval()
 
 
-class _MeanOfChannels(nn.Module):
+class _MeanOfChannelsAndRows(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(1, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).mean(1, keepdim=True))
+        y: Tensor = self.second(self.first(x).mean((1, 2), keepdim=True))
         return torch.relu(y)
 
 
 @exchange_resampling.leaves_alone(shape=(2, 4, 8, 8), because="more than the positions")
-def mean_of_the_channels() -> nn.Module:
-    return _MeanOfChannels().eval()
+def mean_of_the_channels_and_rows() -> nn.Module:
+    return _MeanOfChannelsAndRows().eval()

@@ -1,11 +1,14 @@
-"""A constant factor or offset beside a linear operator is part of it: c(Wx + b) + d = (cW)x + cb + d, W(cx) = (Wc)x."""
+"""A constant factor or offset beside a linear operator is part of it: c(Wx + b) + d = (cW)x + cb + d, W(cx) = (Wc)x.
+
+A sum of multiples of one value is a multiple of it: x + x = 2x, c x - d x = (c - d) x.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from rgc import BatchNorm, Conv, Scale, Value, compose, rewrite
+from rgc import BatchNorm, Conv, Scale, Value, compose, rewrite, unit
 
 
 @rewrite(lambda x, linear, scale: scale(linear(x)))
@@ -22,6 +25,31 @@ def fold_scale_before(x: Value, scale: Scale, linear: Conv | BatchNorm) -> Value
 @fold_scale.also(lambda x, first, second: first(x) + second(x))
 def fold_scale_sum(x: Value, first: Scale, second: Scale) -> Value:
     return (first + second)(x)
+
+
+@fold_scale.also(lambda x, first, second: first(x) - second(x))
+def fold_scale_difference(x: Value, first: Scale, second: Scale) -> Value:
+    return (first + _minus() @ second)(x)
+
+
+@fold_scale.also(lambda x, scale: x - scale(x))
+def fold_scale_remainder(x: Value, scale: Scale) -> Value:
+    return (unit() + _minus() @ scale)(x)
+
+
+@fold_scale.also(lambda x, scale: scale(x) - x)
+def fold_scale_excess(x: Value, scale: Scale) -> Value:
+    return (scale + _minus())(x)
+
+
+@fold_scale.also(lambda x: x + x)
+def fold_scale_double(x: Value) -> Value:
+    return (unit() + unit())(x)
+
+
+def _minus() -> Scale:
+    one = unit()
+    return Scale(-one.scale, one.shift)
 
 
 class _LayerScale(nn.Module):
@@ -51,6 +79,26 @@ def layer_scale() -> nn.Module:
 @fold_scale.fires_on(shape=(2, 3, 8, 8))
 def input_normalisation_before_an_unpadded_stem() -> nn.Module:
     return nn.Sequential(_Normalise(), nn.Conv2d(3, 4, 3)).eval()
+
+
+class _Multiples(nn.Module):
+    """Two activations are computed once, so their sum is found to be a double only by the engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        twice = torch.relu(x) + torch.relu(x)
+        less = twice - 0.25 * twice
+        more = 3 * less - less
+        y: Tensor = self.conv(0.5 * more - 2 * more)
+        return y
+
+
+@fold_scale.fires_on(shape=(2, 3, 8, 8))
+def multiples_of_one_value() -> nn.Module:
+    return _Multiples().eval()
 
 
 @fold_scale.fires_on(shape=(2, 3, 8, 8))

@@ -77,17 +77,6 @@ class _TwoSources(nn.Module):
         return torch.relu(self.first(y) - torch.tanh(x) + self.second(y) + y)
 
 
-class _Twice(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(x)
-        return torch.tanh(y + y)
-
-
-@merge_branches.fires_on(shape=(2, 4, 9, 8))
-def a_value_added_to_itself() -> nn.Module:
-    return _Twice().eval()
-
-
 @merge_branches.fires_on(shape=(2, 4, 9, 8))
 def branches_in_a_sum_with_something_else() -> nn.Module:
     return _TwoSources().eval()

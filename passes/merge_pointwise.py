@@ -1,24 +1,25 @@
 """A 1x1 convolution and its neighbour are one convolution: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2).
 
-Linear layers in a row are the same law with no spatial axis. A 1x1 with bias before a zero-padded kernel takes a bias
-map at a fixed size or an input channel of ones at any size, because the ring around its output is 0 and not b1.
+Linear layers in a row are the same law with no spatial axis, and a mean over channels is the matrix of 1/C. A 1x1 with
+bias before a zero-padded kernel takes a bias map at a fixed size or an input channel of ones at any size, because the
+ring around its output is 0 and not b1.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from torch import nn
+from torch import Tensor, nn
 
-from rgc import Conv, Value, compose, rewrite
+from rgc import ChannelMean, Conv, Value, compose, rewrite
 
 
-def has_one_tap(conv: Conv) -> bool:
+def has_one_tap(op: Conv | ChannelMean) -> bool:
     """Is the kernel 1 wide on every axis (or without axes, as in a linear layer)?"""
-    return set(conv.kernel) <= {1}
+    return isinstance(op, ChannelMean) or set(op.kernel) <= {1}
 
 
-Pointwise = Annotated[Conv, has_one_tap]
+Pointwise = Annotated[Conv | ChannelMean, has_one_tap]
 
 
 @rewrite(lambda x, first, second: second(first(x)))
@@ -49,6 +50,16 @@ def pointwise_with_bias_before_a_padded_convolution_at_a_fixed_size() -> nn.Modu
 @merge_pointwise.fires_on(shape=(2, 5, 7))
 def two_linear_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 16), nn.Linear(16, 4)).eval()
+
+
+class _ChannelMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True)
+
+
+@merge_pointwise.fires_on(shape=(2, 3, 8, 8))
+def mean_over_the_channels_of_a_convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), _ChannelMean(), nn.Sigmoid()).eval()
 
 
 @merge_pointwise.fires_on(shape=(2, 8, 16, 16))

@@ -18,12 +18,14 @@ from rgc.operators import (
     Add,
     AvgPool,
     BatchNorm,
+    ChannelMean,
     Concat,
     Constant,
     Flatten,
     Identity,
     MaxPool,
     Multiply,
+    Normalize,
     Opaque,
     Structural,
     Unflatten,
@@ -46,18 +48,20 @@ from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.sparsity import regroup_by_sparsity
 from rgc.verify import verify
+from rgc.views import carried_axis, inverts, is_permutation, is_reshape, relocated, takes_shape_of_another
 
 from rgc import passes  # isort: skip  # the built-in passes use only the public names above
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "CompiledModule", "Concat", "Constant",
-    "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass", "Identity",
-    "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply", "NotEquivalentError", "Opaque", "Operator",
-    "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region",
-    "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten",
-    "Upsample", "Value", "Verification", "add", "border", "compile", "compose", "explain", "graph_pass", "load",
-    "models", "nn", "passes", "range_of", "regroup_by_sparsity", "require", "rewrite", "save", "testing", "unit",
-    "verify",
+    "Activation", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean", "CompiledModule", "Concat",
+    "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass",
+    "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply", "Normalize", "NotEquivalentError",
+    "Opaque", "Operator", "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal",
+    "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "TensorType",
+    "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "border", "carried_axis", "compile",
+    "compose", "explain", "graph_pass", "inverts", "is_permutation", "is_reshape", "load", "models", "nn", "passes",
+    "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another", "testing",
+    "unit", "verify",
 ]  # fmt: skip

@@ -24,15 +24,18 @@ from rgc.operators import (
     AvgPool,
     BatchNorm,
     Call,
+    ChannelMean,
     Concat,
     Constant,
     Flatten,
     Identity,
     MaxPool,
     Multiply,
+    Normalize,
     Slot,
     Unflatten,
     Upsample,
+    completes,
 )
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 
@@ -46,11 +49,18 @@ def operator_counts(graph: Graph) -> Counter[str]:
     """Layers and functions that the graph runs, by PyTorch's names; views and checks do not count."""
     counts: Counter[str] = Counter()
     for value in graph.nodes():
-        counts.update(_layer_names(value.op))
+        if not _is_joined(graph, value):
+            counts.update(_layer_names(value))
     return counts
 
 
-def _layer_names(op: Operator) -> list[str]:
+def _is_joined(graph: Graph, value: Value) -> bool:
+    """Is ``value`` the affine part of a normalisation that nobody else reads, so that one layer does both?"""
+    return completes(value) and graph.use_count(value.inputs[0]) == 1
+
+
+def _layer_names(value: Value) -> list[str]:
+    op = value.op
     match op:
         case Conv(spatial=0):
             return ["Linear"]
@@ -61,6 +71,8 @@ def _layer_names(op: Operator) -> list[str]:
             return ["mul"] * (not bool((op.scale == 1).all())) + ["add"] * (not bool((op.shift == 0).all()))
         case BatchNorm():
             return [f"BatchNorm{max(op.axes, 1)}d"]
+        case Normalize():
+            return [_normalization_kind(op, len(value.tensor_type.shape)).__name__]
         case AvgPool():
             return [f"AvgPool{op.spatial}d"]
         case MaxPool():
@@ -96,7 +108,7 @@ class _Emitter:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.nodes: dict[Value, fx.Node] = {}
-        self.modules: dict[int, str] = {}  # id of an operator or module -> path, so that what is shared stays shared
+        self.modules: dict[Any, str] = {}  # id of an operator or module -> path, so that what is shared stays shared
         self.parameters: dict[Any, tuple[Tensor, nn.Parameter]] = {}  # by the memory they came from, kept alive
         self.calls: dict[tuple[fx.Node, Any, str], fx.Node] = {}  # of selections, by what is called
         self.names: set[str] = set()
@@ -162,8 +174,17 @@ class _Emitter:
         match op:
             case Conv():
                 return self._conv(value, op, inputs[0])
+            case Scale() if _is_joined(self.source, value):
+                normalize = value.inputs[0].op
+                assert isinstance(normalize, Normalize)
+                return self._normalization(value, normalize, op, inputs[0])
             case Scale():
                 return self._scale(value, op, inputs[0])
+            case Normalize():
+                joined = any(_is_joined(self.source, user) for user in self.source.users(value))
+                return inputs[0] if joined else self._normalization(value, op, None, inputs[0])
+            case ChannelMean():
+                return self._function(value, torch.mean, inputs[0], -1 - op.axes, keepdim=True)
             case BatchNorm():
                 return self._module(value, lambda: _batch_norm(op, self._cast, self._parameter), inputs[0])
             case AvgPool():
@@ -241,6 +262,14 @@ class _Emitter:
             else:
                 x = self._function(value, function, x, self._constant(value, tensor.view(shape), "scale"))
         return x
+
+    def _normalization(self, value: Value, op: Normalize, affine: Scale | None, x: fx.Node) -> fx.Node:
+        key = (id(op), id(affine))
+        rank = len(value.tensor_type.shape)
+        path = self.modules.get(key)
+        if path is None:
+            path = self.modules[key] = self._place(value, _normalization(op, affine, rank, self._parameter), None)
+        return self.graph.call_module(path, (x,))
 
     def _activation(self, value: Value, op: Activation, x: fx.Node) -> fx.Node:
         make = _ACTIVATIONS.get(op.name)
@@ -463,6 +492,30 @@ def _batch_norm(op: BatchNorm, cast: Any, parameter: Any) -> nn.Module:
             filled = torch.full_like(op.mean, neutral) if tensor is None else tensor
             layer.register_parameter(name, parameter(filled))
     return layer
+
+
+def _normalization(op: Normalize, affine: Scale | None, rank: int, parameter: Any) -> nn.Module:
+    kind, has_weights = _normalization_kind(op, rank), affine is not None
+    layer: nn.Module
+    if op.kind in ("layer", "rms"):
+        layer = kind(op.shape, eps=op.eps, elementwise_affine=has_weights, device="meta")
+    elif op.kind == "group":
+        layer = kind(op.groups, op.shape[0], eps=op.eps, affine=has_weights, device="meta")
+    else:
+        layer = kind(op.shape[0], eps=op.eps, affine=has_weights, device="meta")
+    if affine is not None:
+        layer.register_parameter("weight", parameter(affine.scale.expand(op.shape)))
+        is_needed = affine.shift.numel() > 1 or bool(affine.shift.any())
+        if op.kind != "rms" and (is_needed or op.kind != "layer"):
+            layer.register_parameter("bias", parameter(affine.shift.expand(op.shape)))
+        elif op.kind == "layer":
+            layer.register_parameter("bias", None)  # as nn.LayerNorm(bias=False) has it
+    return layer
+
+
+def _normalization_kind(op: Normalize, rank: int) -> Any:
+    fixed = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "group": nn.GroupNorm}
+    return fixed.get(op.kind) or {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}[rank]
 
 
 def _avg_pool(op: AvgPool) -> nn.Module:

@@ -18,14 +18,17 @@ from rgc.operators import (
     Add,
     AvgPool,
     BatchNorm,
+    ChannelMean,
     Concat,
     Identity,
     MaxPool,
     Multiply,
+    Normalize,
     Opaque,
     Slot,
     Structural,
     Upsample,
+    completes,
 )
 
 
@@ -48,6 +51,9 @@ class Lifting(Protocol):
 
     def shared(self, module: Any, make: Callable[[], Operator]) -> Operator:
         """The operator of a module: one and the same however often the module is called."""
+
+    def recall(self, value: Value, result: Any) -> None:
+        """What ``value`` is on the example, for the node under way, although nothing in the program is bound to it."""
 
     def mark_inplace(self, value: Value) -> None:
         """The user wished that the activation overwrites its input."""
@@ -91,11 +97,13 @@ def linear(lifter: Lifting, x: Any, weight: Any, bias: Any = None) -> Value | No
     return lifter.emit(Conv(weight, bias), x)
 
 
-def batch_norm(lifter: Lifting, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None,
+def batch_norm(lifter: Lifting, x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
                 training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Value | None:  # fmt: skip
-    if not isinstance(x, Value) or training or not _are_tensors(mean, var, weight, bias) or mean is None:
+    if not isinstance(x, Value) or training or not _are_tensors(running_mean, running_var, weight, bias):
         return None
-    return lifter.emit(BatchNorm(mean, var, weight, bias, eps, len(lifter.shape(x)) - 2), x)
+    if running_mean is None or running_var is None:
+        return None
+    return lifter.emit(BatchNorm(running_mean, running_var, weight, bias, eps, len(lifter.shape(x)) - 2), x)
 
 
 def _aten_batch_norm(lifter: Lifting, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
@@ -218,25 +226,29 @@ def dropout(lifter: Lifting, x: Any, p: float = 0.5, training: Any = True, train
     return lifter.emit(Identity("dropout"), x)
 
 
-def _add(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
+def add(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
+    if isinstance(alpha, Value):
+        return None
     if alpha in (1, -1):
         return _sum(lifter, x, y, int(alpha))
-    scaled = _multiply(lifter, y, alpha) if isinstance(y, Value) else y * alpha
+    scaled = _product(lifter, y, alpha)
     return None if scaled is None else _sum(lifter, x, scaled, 1)
 
 
 def _subtract(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    return _add(lifter, x, y, -alpha)
+    return None if isinstance(alpha, Value) else add(lifter, x, y, -alpha)
 
 
 def _subtract_from(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    return _add(lifter, y, x, -alpha)
+    return _subtract(lifter, y, x, alpha)
 
 
 def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
     if isinstance(x, Value) and isinstance(y, Value):
         if not _are_floating(lifter, x, y):
             return None
+        if x is y:
+            return lifter.emit(Scale(_one(1.0 + sign), _one(0.0)), x)
         return lifter.emit(Add(sign), x, y)
     value, constant = (x, y) if isinstance(x, Value) else (y, x)
     if not _are_floating(lifter, value):
@@ -251,7 +263,7 @@ def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
     return lifter.emit(Scale(sign * one, tensor, axes), value)
 
 
-def _multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
+def multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
     if isinstance(x, Value) and isinstance(y, Value):
         return lifter.emit(Multiply(), x, y) if _are_floating(lifter, x, y) else None
     value, constant = (x, y) if isinstance(x, Value) else (y, x)
@@ -262,22 +274,89 @@ def _multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
     return lifter.emit(Scale(tensor, tensor.new_zeros(1), axes), value)
 
 
+def _product(lifter: Lifting, x: Any, y: Any) -> Any:
+    """x * y of values or constants: a value, a constant where both are constant, or None."""
+    if isinstance(x, Value) or isinstance(y, Value):
+        return multiply(lifter, x, y)
+    return x * y
+
+
 def _divide(lifter: Lifting, x: Any, y: Any, rounding_mode: str | None = None) -> Value | None:
     if isinstance(y, Value) or rounding_mode is not None or isinstance(y, bool):
         return None
-    return _multiply(lifter, x, 1.0 / y)
+    return multiply(lifter, x, 1.0 / y)
 
 
 def _negate(lifter: Lifting, x: Any) -> Value | None:
-    return _multiply(lifter, x, -1.0)
+    return multiply(lifter, x, -1.0)
 
 
 def _lerp(lifter: Lifting, start: Any, end: Any, weight: Any) -> Value | None:
     if isinstance(weight, Value):
         return None
-    kept = _multiply(lifter, start, 1 - weight)
-    added = _multiply(lifter, end, weight)
+    kept, added = _product(lifter, start, 1 - weight), _product(lifter, end, weight)
     return None if kept is None or added is None else _sum(lifter, kept, added, 1)
+
+
+def _add_product(lifter: Lifting, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) -> Value | None:
+    """addcmul: x + value tensor1 tensor2."""
+    product = _product(lifter, tensor1, tensor2)
+    if product is None or isinstance(value, Value):
+        return None
+    return add(lifter, x, product, value)
+
+
+def _add_quotient(lifter: Lifting, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) -> Value | None:
+    """addcdiv: x + value tensor1 / tensor2."""
+    return None if isinstance(tensor2, Value) else _add_product(lifter, x, tensor1, 1.0 / tensor2, value)
+
+
+def _sum_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Value | None:
+    """A sum along the axis of a stack is the sum of what was stacked; other sums are structural."""
+    parts = _stacked_along(lifter, x, dim)
+    if parts is None or keepdim or dtype is not None:
+        return None
+    total: Value | None = parts[0]
+    for part in parts[1:]:
+        total = None if total is None else _sum(lifter, total, part, 1)
+    return total
+
+
+def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Value | None:
+    """A mean over a stack or over the channel axis (which stays, with one channel); other means are structural."""
+    if dtype is not None or not isinstance(x, Value) or not _are_floating(lifter, x):
+        return None
+    parts = _stacked_along(lifter, x, dim)
+    if parts is not None:
+        total = _sum_over(lifter, x, dim, keepdim)
+        return None if total is None else multiply(lifter, total, 1.0 / len(parts))
+    shape, axis = lifter.shape(x), _one_axis(lifter, x, dim)
+    of_tokens = axis == len(shape) - 1 and len(shape) <= 3  # the last axis of an image is a position
+    if axis is None or not keepdim or not (axis == 1 or of_tokens) or axis == 0 or len(shape) > 5:
+        return None
+    return lifter.emit(ChannelMean(shape[axis], len(shape) - 1 - axis), x)
+
+
+def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
+    """The values that ``x`` stacks along the axis ``dim``; None where it is no such stack."""
+    if not isinstance(x, Value) or not isinstance(x.op, Opaque) or x.op.label.split(".")[0] != "stack":
+        return None
+    args, kwargs = x.op.args, dict(x.op.kwargs)
+    parts, along = args[0] if args else kwargs.get("tensors"), args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, Slot) for part in parts):
+        return None
+    if not isinstance(along, int) or _one_axis(lifter, x, dim) != along % len(lifter.shape(x)):
+        return None
+    values = [x.inputs[part.index] for part in parts]
+    for index, value in enumerate(values):
+        lifter.recall(value, lifter.real[x].select(along, index))
+    return values
+
+
+def _one_axis(lifter: Lifting, x: Value, dim: Any) -> int | None:
+    """The one axis that ``dim`` names, counted from the front; None where it names several or all."""
+    axes = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, list | tuple) else ()
+    return axes[0] % len(lifter.shape(x)) if len(axes) == 1 and isinstance(axes[0], int) else None
 
 
 def _concat(lifter: Lifting, tensors: Any, dim: int = 0, axis: int | None = None) -> Value | None:
@@ -309,9 +388,12 @@ def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | No
 
 
 def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
+    """Is ``size`` the length of this axis of ``x`` at every size, and at the example?"""
+    return isinstance(size, Value) and measures(size, x, axis) and lifter.real.get(size) == lifter.shape(x)[axis]
+
+
+def measures(size: Value, x: Value, axis: int) -> bool:
     """Is ``size`` the length of this axis of ``x`` at every size, or of an input's first axis, for the batch?"""
-    if not isinstance(size, Value):
-        return False
     measured = size.inputs[0] if size.inputs else size
     args = size.op.args if isinstance(size.op, Opaque | Structural) else ()
     if size.op.label == "getitem" and args[1:] == (axis,):  # x.shape[0], x.size()[0]
@@ -320,17 +402,26 @@ def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
         measured = measured.inputs[0]
     elif args[1:] != (axis,) or size.op.label not in {"size", "sym_size.int"}:
         return False
-    same = measured in _of_one_shape(x) or (axis == 0 and isinstance(measured.op, Input))
-    return same and lifter.real.get(size) == lifter.shape(x)[axis]
+    return shape_source(measured) in _of_one_shape(x) or (axis == 0 and isinstance(measured.op, Input))
 
 
 def _of_one_shape(x: Value) -> list[Value]:
     """``x`` and the values before it that have its shape at every size."""
     found = [x]
-    while isinstance(x.op, Activation | BatchNorm | Identity | Scale):
+    while isinstance(x.op, Activation | BatchNorm | Identity | Normalize | Scale):
         x = x.inputs[0]
         found.append(x)
     return found
+
+
+def shape_source(value: Value) -> Value:
+    """The value before a normalisation, which has the same shape; reading that one holds no weights of the norm back.
+
+    Before other operators that keep the shape it would be a second reader of what folds into them.
+    """
+    while isinstance(value.op, Normalize) or completes(value):
+        (value,) = value.inputs
+    return value
 
 
 FUNCTIONS: dict[str, Handler] = {
@@ -343,9 +434,10 @@ FUNCTIONS: dict[str, Handler] = {
     "abs": elementwise("abs"), "absolute": elementwise("abs"), "exp": elementwise("exp"), "sqrt": elementwise("sqrt"),
     "square": elementwise("square"), "pow": _power, "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp_min,
     "clamp_max": _clamp_max,
-    "add": _add, "radd": _add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
-    "mul": _multiply, "rmul": _multiply, "multiply": _multiply, "div": _divide, "truediv": _divide,
+    "add": add, "radd": add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
+    "mul": multiply, "rmul": multiply, "multiply": multiply, "div": _divide, "truediv": _divide,
     "true_divide": _divide, "divide": _divide, "neg": _negate, "negative": _negate, "lerp": _lerp,
+    "addcmul": _add_product, "addcdiv": _add_quotient, "sum": _sum_over, "mean": _mean_over,
     "cat": _concat, "concat": _concat, "concatenate": _concat,
     "dropout": dropout, "dropout1d": dropout, "dropout2d": dropout, "dropout3d": dropout, "alpha_dropout": dropout,
     "feature_dropout": dropout, "feature_alpha_dropout": dropout, "prelu": prelu,
@@ -399,6 +491,10 @@ def _per_channel(lifter: Lifting, value: Value, constant: Any) -> tuple[Tensor, 
     if len(wide) != 1 or axes >= len(shape) - 1:  # the batch axis is no channel axis
         return None
     return tensor.reshape(-1), axes
+
+
+def _one(number: float) -> Tensor:
+    return torch.tensor([number], dtype=torch.float64)
 
 
 def _are_tensors(*given: Any) -> bool:

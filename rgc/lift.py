@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from rgc.contractions import CONTRACTIONS
 from rgc.errors import TraceError
-from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler
+from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler, shape_source
 from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
-from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler
+from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler, refresh_weights
+from rgc.normalizations import ATEN_NORMALIZATIONS, NORMALIZATIONS
 from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural
 from rgc.rearrange import Subsample
 from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS, call_name
@@ -39,6 +41,10 @@ class Source:
     example: Mapping[str, Any]
     constants: Mapping[str, Any]  # placeholders that stand for parameters and buffers (torch.export)
     unflatten: Callable[[Any], Any]  # from what the graph returns to what the model returns
+
+
+_FUNCTIONS: Mapping[str, Handler] = {**FUNCTIONS, **CONTRACTIONS, **NORMALIZATIONS}
+_ATEN: Mapping[str, Handler] = {**ATEN, **ATEN_NORMALIZATIONS}
 
 
 def lift(source: Source, dtype: torch.dtype, fixed: bool) -> Graph:
@@ -89,6 +95,12 @@ class _Lifter:
         """The operator of a module: one and the same however often the module is called."""
         return self.operators.setdefault(id(module), make())
 
+    def recall(self, value: Value, result: Any) -> None:
+        """What ``value`` is on the example, for the node under way, although nothing in the program is bound to it."""
+        if value not in self.real:
+            self.real[value] = result
+            self.made.append(value)
+
     # --- nodes ---------------------------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> None:
@@ -135,7 +147,8 @@ class _Lifter:
             return
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
-        kwargs.pop("inplace", None)
+        for without_effect in ("inplace", "out"):  # out=None, by now
+            kwargs.pop(without_effect, None)
         result = self._handle(target, name, args, kwargs)
         if result is None:
             result = self._opaque(node, target, name, inplace, args, kwargs)
@@ -151,10 +164,11 @@ class _Lifter:
     def _handle(self, target: Any, name: str, args: Any, kwargs: Any) -> Any:
         """What the table makes of a call; None for a name, a form or a signature that it does not know."""
         if isinstance(target, nn.Module):
+            refresh_weights(target)
             handler, leading = (None if has_hooks(target) else module_handler(target)), [self, target]
         else:
             aten = isinstance(target, torch._ops.OpOverload)
-            handler, leading = (ATEN.get(name) if aten else None) or FUNCTIONS.get(name), [self]
+            handler, leading = (_ATEN.get(name) if aten else None) or _FUNCTIONS.get(name), [self]
         if "input" in kwargs and not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         for each in (None if isinstance(target, nn.Module) else REARRANGEMENTS.get(name), handler):
@@ -169,6 +183,10 @@ class _Lifter:
             target = _out_of_place(node, target, name)
         if isinstance(target, nn.Module) and not has_hooks(target):
             _refuse_training_state(node, target)
+        if _asks_for_size(target, name, args) and isinstance(args[0], Value):
+            source = shape_source(args[0])
+            self.recall(source, self.real[args[0]])
+            args = (source, *args[1:])
         values: list[Value] = []
 
         def slot(leaf: Any) -> Any:
@@ -357,6 +375,10 @@ def _asks_for_rank(target: Any, args: Sequence[Any]) -> bool:
     return (target is getattr and args[1:] == ("ndim",)) or target in ("dim", "ndimension")
 
 
+def _asks_for_size(target: Any, name: str, args: Sequence[Any]) -> bool:
+    return (target is getattr and args[1:] == ("shape",)) or name in ("size", "sym_size")
+
+
 def _fold(node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
     """A call on constants only: its result is a constant."""
     if node.target in _EFFECTS and args[0]:
@@ -419,7 +441,10 @@ def _source_line(node: fx.Node) -> str:
     return ""
 
 
-_FRONT_END = ("example", "export_tier", "frontend", "functions", "lift", "modules", "symbolic_tier")
+_FRONT_END = (
+    "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
+    "symbolic_tier",
+)  # fmt: skip
 _TRACER_HOMES = (
     f"{Path(torch.__file__).parent}{os.sep}",
     *(str(Path(__file__).with_name(f"{n}.py")) for n in _FRONT_END),

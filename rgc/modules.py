@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from rgc.functions import (
     Handler,
@@ -21,6 +23,7 @@ from rgc.functions import (
     prelu,
     upsample,
 )
+from rgc.normalizations import group_norm, instance_norm, layer_norm, rms_norm
 from rgc.operators import BatchNorm, Identity
 from rgc.rearrange_calls import (
     channel_shuffle_module,
@@ -37,7 +40,19 @@ def is_leaf(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Would looking into the module lose a hook that the user put there?"""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, _COMPUTE_WEIGHTS)]
+    return bool(module._forward_hooks or before or module._backward_hooks)
+
+
+def refresh_weights(module: nn.Module) -> None:
+    """Let the hooks that compute a weight from parameters, whatever the input is, compute it now."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTE_WEIGHTS):
+            hook(module, ())
+
+
+#: What ``torch.nn.utils.weight_norm`` and ``spectral_norm`` put before ``forward``.
+_COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm)
 
 
 def _conv_module(lifter: Lifting, module: Any, x: Any) -> Any:
@@ -64,6 +79,30 @@ def _batch_norm_module(lifter: Lifting, module: Any, x: Any) -> Any:
         return lifter.emit(lifter.shared(module, lambda: op), x)
     return _shared(lifter, module, batch_norm, x, module.running_mean, module.running_var, module.weight, module.bias,
                    False, 0.1, module.eps)  # fmt: skip
+
+
+def _layer_norm_module(lifter: Lifting, module: Any, x: Any) -> Any:
+    return layer_norm(lifter, x, module.normalized_shape, module.weight, module.bias, module.eps, module=module)
+
+
+def _rms_norm_module(lifter: Lifting, module: Any, x: Any) -> Any:
+    return rms_norm(lifter, x, module.normalized_shape, module.weight, module.eps, module=module)
+
+
+def _group_norm_module(lifter: Lifting, module: Any, x: Any) -> Any:
+    return group_norm(lifter, x, module.num_groups, module.weight, module.bias, module.eps, module=module)
+
+
+def _instance_norm_module(rank: int) -> Handler:
+    def handle(lifter: Lifting, module: Any, x: Any) -> Any:
+        if len(lifter.shape(x)) != rank + 2:  # without a batch axis
+            return None
+        if module.running_mean is not None:
+            return _shared(lifter, module, batch_norm, x, module.running_mean, module.running_var, module.weight,
+                           module.bias, False, 0.1, module.eps)  # fmt: skip
+        return instance_norm(lifter, x, weight=module.weight, bias=module.bias, eps=module.eps, module=module)
+
+    return handle
 
 
 def _avg_pool_module(rank: int) -> Handler:
@@ -131,6 +170,9 @@ MODULES: dict[type[nn.Module], Handler] = {
     nn.ConvTranspose3d: _conv_transpose_module, nn.Linear: _linear_module,
     nn.BatchNorm1d: _batch_norm_module, nn.BatchNorm2d: _batch_norm_module, nn.BatchNorm3d: _batch_norm_module,
     nn.SyncBatchNorm: _batch_norm_module,
+    nn.LayerNorm: _layer_norm_module, nn.RMSNorm: _rms_norm_module, nn.GroupNorm: _group_norm_module,
+    nn.InstanceNorm1d: _instance_norm_module(1), nn.InstanceNorm2d: _instance_norm_module(2),
+    nn.InstanceNorm3d: _instance_norm_module(3),
     nn.AvgPool1d: _avg_pool_module(1), nn.AvgPool2d: _avg_pool_module(2), nn.AvgPool3d: _avg_pool_module(3),
     nn.MaxPool1d: _max_pool_module(1), nn.MaxPool2d: _max_pool_module(2), nn.MaxPool3d: _max_pool_module(3),
     nn.Upsample: _upsample_module,

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv, Linear, Scale, unit
 from rgc.errors import GraphError, require
-from rgc.ir import Operator, TensorType
+from rgc.ir import Operator, TensorType, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -537,8 +537,97 @@ class Upsample(Operator):
         return _meta(self, *types)
 
 
+@dataclass(frozen=True, eq=False)
+class ChannelMean(Linear):
+    """The mean over all ``count`` channels, as one channel, on the axis before ``axes`` spatial ones."""
+
+    count: int
+    axes: int
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return self.count, 1
+
+    @property
+    def spatial(self) -> int:
+        return self.axes
+
+    @property
+    def label(self) -> str:
+        return "mean"
+
+    def as_conv(self, channels: int, spatial: int) -> Conv:
+        require(spatial == self.axes, "a mean over channels and its neighbour act on different axes")
+        if channels != self.count:
+            raise GraphError(f"ChannelMean: {self.count} channels meet a tensor of {channels} channels")
+        return Conv(torch.full((1, channels, *[1] * spatial), 1.0 / channels, dtype=torch.float64))
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        return x.mean(-1 - self.axes, keepdim=True)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        (given,) = types
+        if given is None or len(given.shape) <= self.axes or given.shape[-1 - self.axes] != self.count:
+            raise GraphError(f"ChannelMean: expects {self.count} channels before {self.axes} axes, got {given}")
+        shape = list(given.shape)
+        shape[-1 - self.axes] = 1
+        return given.with_shape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalize(Operator):
+    """Mean 0 and variance 1 over a part of each sample, by its own statistics and without weights.
+
+    kind: "layer" and "rms" (which keeps the mean) take the last axes, of just this ``shape``; "group" takes ``groups``
+    of channels with all their positions, "instance" each channel; for these two ``shape`` is (channels,).
+    """
+
+    kind: Literal["layer", "rms", "group", "instance"]
+    shape: tuple[int, ...]
+    eps: float | None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind in ("group", "instance") and (len(self.shape) != 1 or self.groups < 1):
+            raise GraphError(f"Normalize: {self.kind} norm takes a number of channels, got {list(self.shape)}")
+        if self.kind == "group" and self.shape[0] % self.groups:
+            raise GraphError(f"Normalize: {self.shape[0]} channels do not divide into {self.groups} groups")
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} norm"
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        if self.kind == "rms":
+            return F.rms_norm(x, self.shape, None, self.eps)
+        assert self.eps is not None
+        if self.kind == "layer":
+            return F.layer_norm(x, self.shape, None, None, self.eps)
+        if self.kind == "instance":
+            return F.instance_norm(x, eps=self.eps)
+        return F.group_norm(x, self.groups, None, None, self.eps)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+    def takes(self, scale: Scale, rank: int) -> bool:
+        """Can one layer do this normalisation, of a tensor with ``rank`` axes, and then ``scale``?"""
+        axes = rank - 2 if self.kind in ("group", "instance") else 0
+        if len(self.shape) != 1 or scale.spatial not in (None, axes):
+            return False
+        return self.kind != "rms" or not bool(scale.shift.any())
+
+
+def completes(value: Value) -> bool:
+    """Is ``value`` the affine part of the normalisation before it, so that the two are one layer?"""
+    if not isinstance(value.op, Scale) or not isinstance(value.inputs[0].op, Normalize) or value.type is None:
+        return False
+    return value.inputs[0].op.takes(value.op, len(value.type.shape))
+
+
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "MaxPool",
-    "Multiply", "Opaque", "Slot",
-    "Structural", "Unflatten", "Upsample",
+    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "ChannelMean", "Concat", "Constant", "Flatten", "Identity",
+    "MaxPool", "Multiply", "Normalize", "Opaque", "Slot", "Structural", "Unflatten", "Upsample", "completes",
 ]  # fmt: skip

@@ -1,15 +1,249 @@
-"""Do the forms of a call mean what PyTorch says, whatever the size?"""
+"""Are calls lifted to what they are: arithmetic with constants, stacks, means, batch norms, reshapes of any size?"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rgc
+from rgc.algebra import Scale
 from rgc.compiler import trace
+from rgc.example import output_difference
+from rgc.operators import BatchNorm, ChannelMean, Opaque, Structural
+from rgc.testing import randomize
+
+Body = Callable[[Any, Tensor], Any]
+
+
+class Model(nn.Module):
+    """Two parallel layers, constants per channel, and a function that ends what is linear."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.c = nn.Parameter(torch.tensor([0.5, -1.5, 2.0, 0.25]).reshape(4, 1, 1))
+        self.s = nn.Parameter(torch.tensor(-1.75))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.sigmoid(self.body(self, x))
+
+
+def compiled_equal(body: Body, **options: Any) -> rgc.Report:
+    torch.manual_seed(0)
+    model = randomize(Model(body))
+    compiled = rgc.compile(model, torch.randn(2, 4, 9, 8), objective="depth", **options)
+    for shape in ((2, 4, 9, 8), (1, 4, 5, 6), (5, 4, 9, 8)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert output_difference(model(x.clone()), compiled(x.clone())) < 1e-5
+    return compiled.report
+
+
+def lifted(body: Body) -> list[Any]:
+    """The operators up to the sigmoid, inputs left out."""
+    return [value.op for value in trace(randomize(Model(body)), torch.randn(2, 4, 9, 8)).graph.nodes()][1:-1]
+
+
+ONE_CONVOLUTION = {"Conv2d": 1, "Sigmoid": 1}
+
+
+def _updated_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y += x
+    y -= m.b(x)
+    y *= m.c
+    y /= 3
+    return y  # type: ignore[no-any-return]
+
+
+def _updated_by_methods(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).add_(x, alpha=2).sub_(m.b(x), alpha=0.5).mul_(m.s).div_(m.c).neg_()
+    return y.addcmul_(x, m.c, value=-2).addcdiv_(x, m.c, value=3).lerp_(x, 0.25)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: sum([m.a(x), m.b(x), x]),
+    lambda m, x: sum(conv(x) for conv in (m.a, m.b)) / 2,
+    lambda m, x: torch.stack([m.a(x), m.b(x), x]).sum(0),
+    lambda m, x: torch.stack((m.a(x), m.b(x)), -1).sum(-1),
+    lambda m, x: torch.stack([m.a(x), m.b(x)], dim=1).mean(1),
+    lambda m, x: torch.sum(torch.stack([m.a(x), m.b(x), x], dim=2), dim=[2]),
+    lambda m, x: torch.mean(torch.stack([m.a(x), m.b(x), x]), dim=0),
+    lambda m, x: torch.stack([m.a(x)]).sum(0) + m.b(x),
+    lambda m, x: m.a(x) + m.a(x) + x + x,
+    lambda m, x: m.a(x + x) - (x - x),
+    lambda m, x: torch.add(m.a(x), m.b(x), alpha=-2.5),
+    lambda m, x: torch.sub(m.a(x), m.b(x), alpha=0.5),
+    lambda m, x: torch.rsub(m.a(x), m.b(x), alpha=3),
+    lambda m, x: torch.add(m.s, m.a(x), alpha=2),
+    lambda m, x: torch.rsub(m.a(x), 1.5),
+    lambda m, x: 2 - m.a(x),
+    lambda m, x: m.c - m.a(x) * m.s,
+    lambda m, x: torch.neg(m.a(x)) - -x,
+    lambda m, x: m.a(-x).negative(),
+    lambda m, x: m.a(x) / m.c + torch.true_divide(x, 4) + torch.divide(m.b(x), m.s),
+    lambda m, x: torch.addcmul(m.a(x), x, m.c, value=0.5),
+    lambda m, x: torch.addcmul(m.c, m.a(x), m.s),
+    lambda m, x: torch.addcmul(m.a(x), m.c, m.s, value=2),
+    lambda m, x: torch.addcdiv(m.a(x), m.b(x), m.c),
+    lambda m, x: torch.lerp(m.a(x), m.b(x), 0.3),
+    lambda m, x: torch.lerp(m.a(x), x, m.c),
+    lambda m, x: torch.lerp(m.c, m.a(x), 0.3),
+    _updated_in_place,
+    _updated_by_methods,
+])  # fmt: skip
+def test_sums_and_multiples_of_one_source_are_one_convolution(body: Body) -> None:
+    report = compiled_equal(body)
+    assert report.ops_after == ONE_CONVOLUTION and report.tier == "torch.fx"
+
+
+def test_a_python_sum_starts_at_zero_and_leaves_no_trace() -> None:
+    report = compiled_equal(lambda m, x: sum([torch.relu(m.a(x)), torch.relu(m.b(x))]))
+    assert report.ops_after == {"Conv2d": 2, "ReLU": 2, "add": 1, "Sigmoid": 1}
+
+
+def test_a_zero_added_in_place_of_a_copy_does_not_let_later_writes_through() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = 0 + y
+        z += 1
+        return torch.relu(z) * torch.relu(y)
+
+    compiled_equal(body)
+
+
+def test_a_write_to_the_sum_of_a_stack_of_one_leaves_the_part_alone() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = torch.stack([y]).sum(0)
+        z += 1
+        return torch.relu(z) * torch.relu(y)
+
+    compiled_equal(body)
+
+
+def test_a_value_added_to_itself_is_twice_the_value() -> None:
+    (_, double) = lifted(lambda m, x: (lambda y: y + y)(m.a(x)))
+    assert isinstance(double, Scale) and double.scale.tolist() == [2.0]
+    (_, nothing) = lifted(lambda m, x: (lambda y: y - y)(m.a(x)))
+    assert isinstance(nothing, Scale) and nothing.scale.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(),
+    lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(1),
+    lambda m, x: torch.stack([m.a(x), m.b(x)]).sum((0, 1)),
+    lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(0, keepdim=True),
+    lambda m, x: torch.stack([m.a(x), m.b(x)]).mean(0, dtype=torch.float64).to(x.dtype),
+    lambda m, x: torch.stack([m.a(x), torch.zeros_like(m.c.detach()).expand(4, 9, 8).expand(2, 4, 9, 8)]).amax(0),
+])  # fmt: skip
+def test_other_reductions_of_stacks_are_kept(body: Body) -> None:
+    ops = lifted(body)
+    assert any(isinstance(op, Opaque) and op.label == "stack" for op in ops)
+    model = randomize(Model(body))
+    x = torch.randn(2, 4, 9, 8)
+    assert output_difference(model(x).detach(), rgc.compile(model, x)(x)) < 1e-5
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: m.a(x) / torch.relu(x),
+    lambda m, x: torch.div(m.a(x), 3, rounding_mode="floor"),
+    lambda m, x: torch.addcdiv(m.a(x), x, torch.relu(x) + 1),
+    lambda m, x: torch.lerp(m.a(x), x, torch.relu(x)),
+    lambda m, x: m.a(x) + torch.linspace(0, 1, 8, dtype=torch.float64).expand(4, 9, 8).contiguous(),
+    lambda m, x: 1 / (m.a(x).square() + 1),
+])  # fmt: skip
+def test_what_is_no_multiple_by_a_constant_is_kept(body: Body) -> None:
+    assert any(isinstance(op, Opaque) for op in lifted(body))
+
+
+# --- means over channels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: m.a(x).mean(1, keepdim=True),
+    lambda m, x: torch.mean(m.a(x), dim=-3, keepdim=True),
+    lambda m, x: m.a(x).mean(dim=[1], keepdim=True),
+    lambda m, x: m.a(x).mean((1,), True),
+])  # fmt: skip
+def test_a_mean_over_the_channels_is_linear_and_merges(body: Body) -> None:
+    assert isinstance(lifted(body)[-1], ChannelMean)
+    assert compiled_equal(body).ops_after == ONE_CONVOLUTION
+
+
+def test_a_mean_over_the_last_axis_of_tokens_is_over_channels_too() -> None:
+    linear = nn.Linear(8, 6)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(self.linear(x).mean(-1, keepdim=True))
+
+    x = torch.randn(2, 5, 8)
+    compiled = rgc.compile(Tokens().eval(), x, objective="depth")
+    assert compiled.report.ops_after == {"Linear": 1, "Sigmoid": 1}
+    torch.testing.assert_close(compiled(x), torch.sigmoid(linear(x).mean(-1, keepdim=True)))
+
+
+def test_a_mean_that_stays_is_emitted_as_a_mean() -> None:
+    report = compiled_equal(lambda m, x: torch.relu(x).mean(1, keepdim=True))
+    assert report.ops_before == report.ops_after == {"ReLU": 1, "mean": 1, "Sigmoid": 1}
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: m.a(x).mean(1),
+    lambda m, x: m.a(x).mean((2, 3), keepdim=True),
+    lambda m, x: m.a(x).mean((1, 2), keepdim=True),
+    lambda m, x: m.a(x).mean(2, keepdim=True),
+    lambda m, x: m.a(x).mean(0, keepdim=True),
+    lambda m, x: m.a(x).sum(1, keepdim=True),
+    lambda m, x: m.a(x).mean(),
+    lambda m, x: m.a(x).mean(1, keepdim=True, dtype=torch.float64),
+])  # fmt: skip
+def test_other_means_are_structural(body: Body) -> None:
+    assert isinstance(lifted(body)[-1], Structural)
+
+
+# --- batch norms ---------------------------------------------------------------------------------------------------
+
+MEAN, VAR = torch.linspace(-1, 1, 4, dtype=torch.float64), torch.linspace(0.2, 2, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: F.batch_norm(m.a(x), MEAN, VAR, MEAN + 0.3, VAR),
+    lambda m, x: F.batch_norm(m.a(x), running_mean=MEAN, running_var=VAR, weight=None, eps=0.5),
+    lambda m, x: F.batch_norm(m.a(x), MEAN, VAR, bias=MEAN, training=False),
+    lambda m, x: (m.a(x) - MEAN.view(4, 1, 1)) * torch.rsqrt(VAR + 1e-3).view(1, 4, 1, 1) + MEAN.view(4, 1, 1),
+    lambda m, x: (m.a(x) - MEAN.view(4, 1, 1)) / math.sqrt(2) / VAR[:, None, None].sqrt(),
+])  # fmt: skip
+def test_a_batch_norm_by_constants_is_folded(body: Body) -> None:
+    model = Model(body).double()
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    compiled = rgc.compile(randomize(model), x, objective="depth")
+    assert compiled.report.ops_after == ONE_CONVOLUTION
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: F.batch_norm(m.a(x), None, None, training=True),
+    lambda m, x: torch.batch_norm(m.a(x), MEAN, MEAN, MEAN, VAR, False, 0.1, 0.5, False),  # another order
+])  # fmt: skip
+def test_a_batch_norm_by_statistics_of_the_batch_or_in_an_unknown_form_is_kept(body: Body) -> None:
+    ops = lifted(body)
+    assert isinstance(ops[-1], Opaque) and not any(isinstance(op, BatchNorm) for op in ops)
+
+
+# --- reshapes ------------------------------------------------------------------------------------------------------
 
 
 class _Calls(nn.Module):

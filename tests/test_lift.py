@@ -230,15 +230,24 @@ def test_parametrizations_fold_into_the_weight() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_weights_computed_by_old_style_hooks_keep_their_hook() -> None:
+def test_weights_computed_by_old_style_hooks_fold_into_the_weight() -> None:
     model = Model(_straight)
     torch.nn.utils.weight_norm(model.first)
     torch.nn.utils.spectral_norm(model.second)
     model = randomised(model)
+    model.first.weight_g.data.mul_(3)  # the weight that the last call computed is out of date
     x = torch.randn(2, 4, 9, 8)
     compiled = rgc.compile(model, x)
     torch.testing.assert_close(compiled(x), model(x))
-    assert compiled.report.ops_after == {"Conv2d": 2, "BatchNorm2d": 1}
+    assert compiled.report.ops_after == {"Conv2d": 2} and not compiled.report.notes
+    assert "first.weight" in compiled.state_dict() and not compiled.first._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_hook_of_the_users_beside_one_that_computes_the_weight_is_kept() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert compiled_equal(model).report.ops_after == {"Conv2d": 1, "BatchNorm2d": 1}
 
 
 class ManyRanks(nn.Module):

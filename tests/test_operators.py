@@ -20,17 +20,20 @@ from rgc.operators import (
     Add,
     AvgPool,
     BatchNorm,
+    ChannelMean,
     Concat,
     Constant,
     Flatten,
     Identity,
     MaxPool,
     Multiply,
+    Normalize,
     Opaque,
     Slot,
     Structural,
     Unflatten,
     Upsample,
+    completes,
 )
 
 
@@ -454,3 +457,58 @@ def test_a_call_has_one_name_however_it_is_written() -> None:
     targets = ("mean", torch.mean, torch.ops.aten.mean.dim)
     assert {Structural(target, (Slot(0),)).name for target in targets} == {"mean"}
     assert Structural(nn.Flatten(), (Slot(0),)).name == "Flatten"
+
+
+# --- means over channels, and normalisations ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((3, 4), 0), ((2, 5, 4), 0), ((2, 4, 5), 1), ((2, 4, 3, 5), 2)])
+def test_a_mean_over_channels_and_its_convolution_equal_torchs_mean(shape: tuple[int, ...], axes: int) -> None:
+    op, x = ChannelMean(4, axes), random(*shape)
+    expected = x.mean(len(shape) - 1 - axes, keepdim=True)
+    assert torch.equal(op.evaluate(x), expected)
+    torch.testing.assert_close(op.as_conv(4, axes).evaluate(x), expected, rtol=1e-14, atol=1e-14)
+    assert (op.channels, op.spatial) == ((4, 1), axes)
+    assert_infers_its_result(op, x)
+
+
+def test_a_mean_over_channels_names_what_does_not_fit() -> None:
+    with pytest.raises(Refusal, match="act on different axes"):
+        ChannelMean(4, 2).as_conv(4, 1)
+    with pytest.raises(GraphError, match="4 channels meet a tensor of 5 channels"):
+        ChannelMean(4, 2).as_conv(5, 2)
+    with pytest.raises(GraphError, match=r"expects 4 channels before 2 axes, got float64\[2, 5, 3, 3\]"):
+        ChannelMean(4, 2).infer(type_of(random(2, 5, 3, 3)))
+
+
+@pytest.mark.parametrize(("op", "shape", "expected"), [
+    (Normalize("layer", (4,), 0.1), (2, 3, 4), lambda x: F.layer_norm(x, (4,), eps=0.1)),
+    (Normalize("layer", (3, 4), 0.1), (2, 3, 4), lambda x: F.layer_norm(x, (3, 4), eps=0.1)),
+    (Normalize("rms", (4,), None), (2, 3, 4), lambda x: F.rms_norm(x, (4,))),
+    (Normalize("group", (4,), 0.1, 2), (2, 4, 3, 5), lambda x: F.group_norm(x, 2, eps=0.1)),
+    (Normalize("instance", (4,), 0.1), (2, 4, 3, 5), lambda x: F.instance_norm(x, eps=0.1)),
+])  # fmt: skip
+def test_a_normalisation_equals_torchs_without_weights(op: Normalize, shape: tuple[int, ...], expected: Any) -> None:
+    x = random(*shape) + 3
+    assert torch.equal(op.evaluate(x), expected(x))
+    assert_infers_its_result(op, x)
+
+
+def test_a_normalisation_that_makes_no_sense_cannot_be_built() -> None:
+    with pytest.raises(GraphError, match="group norm takes a number of channels"):
+        Normalize("group", (4, 4), 0.1, 2)
+    with pytest.raises(GraphError, match="4 channels do not divide into 3 groups"):
+        Normalize("group", (4,), 0.1, 3)
+
+
+def test_one_layer_does_a_normalisation_with_weights_along_its_own_axis_only() -> None:
+    per_channel = [Scale(random(4), random(4, seed=1), axes) for axes in (0, 2)]
+    layer, group, rms = Normalize("layer", (4,), 0.1), Normalize("group", (4,), 0.1, 2), Normalize("rms", (4,), 0.1)
+    assert [layer.takes(scale, 4) for scale in per_channel] == [True, False]
+    assert [group.takes(scale, 4) for scale in per_channel] == [False, True]
+    assert [group.takes(scale, 2) for scale in per_channel] == [True, False]
+    assert not Normalize("layer", (3, 4), 0.1).takes(per_channel[0], 3)
+    assert not rms.takes(per_channel[0], 3) and rms.takes(Scale(random(4), torch.zeros(4), 0), 3)
+    x = Value(Identity(), (), type_of(random(2, 3, 4)))
+    assert completes(per_channel[0](layer(x)))
+    assert not completes(per_channel[0](x)) and not completes(Identity()(layer(x)))
