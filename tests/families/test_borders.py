@@ -114,42 +114,45 @@ class TestBeforeAPaddedConvolution:
         becomes(model, (2, 4, 7, 6), {"Conv2d": 1, "ReLU": 1})
 
 
-class TestPredicate:
-    """Per axis and per side: which paddings let two kernels become one at every size, without anything more."""
+#: Pairs whose paddings let two kernels become one at every size, without anything more.
+EXACT: dict[str, tuple[nn.Module, nn.Module]] = {
+    "pad once, before both": (nn.Conv2d(4, 4, 3, padding=2), nn.Conv2d(4, 6, 3)),
+    "vertical then horizontal": (
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0), bias=False), nn.Conv2d(4, 6, (1, 3), padding=(0, 1)),
+    ),
+    "1x1 without bias, then padded": (nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 6, 5, padding=2)),
+    "padded, then 1x1": (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 1)),
+    "strided, then unpadded": (nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 6, 3)),
+    "patches, then unpadded": (nn.Conv2d(4, 4, 2, 2), nn.Conv2d(4, 6, 2)),
+    "more padding than kernel, then padded": (
+        nn.Conv2d(4, 4, 3, padding=3, bias=False), nn.Conv2d(4, 6, 3, padding=1),
+    ),
+    "depthwise, then pointwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 6, 1)),
+}  # fmt: skip
 
-    EXACT: dict[str, tuple[nn.Module, nn.Module]] = {
-        "pad once, before both": (nn.Conv2d(4, 4, 3, padding=2), nn.Conv2d(4, 6, 3)),
-        "vertical then horizontal": (
-            nn.Conv2d(4, 4, (3, 1), padding=(1, 0), bias=False), nn.Conv2d(4, 6, (1, 3), padding=(0, 1)),
-        ),
-        "1x1 without bias, then padded": (nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 6, 5, padding=2)),
-        "padded, then 1x1": (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 1)),
-        "strided, then unpadded": (nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 6, 3)),
-        "patches, then unpadded": (nn.Conv2d(4, 4, 2, 2), nn.Conv2d(4, 6, 2)),
-        "more padding than kernel, then padded": (
-            nn.Conv2d(4, 4, 3, padding=3, bias=False), nn.Conv2d(4, 6, 3, padding=1),
-        ),
-        "depthwise, then pointwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 6, 1)),
-    }  # fmt: skip
+#: Pairs that no single kernel equals.
+INEXACT: dict[str, tuple[nn.Module, nn.Module]] = {
+    "padded 3x3 twice": (nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 6, 3, padding=1)),
+    "strided, then padded": (nn.Conv2d(4, 4, 3, 2, 1, bias=False), nn.Conv2d(4, 6, 3, padding=1)),
+    "unpadded, then padded": (nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 6, 3, padding=1)),
+    "zeros, then reflect": (
+        nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    ),
+}  # fmt: skip
+
+
+class TestPredicate:
+    """Per axis and per side: does the padding let two kernels become one?"""
 
     @pytest.mark.parametrize("size", [(9, 9), (8, 11)], ids=str)
     @pytest.mark.parametrize("name", list(EXACT))
     def test_exact_pairs_become_one_convolution(self, becomes: Any, name: str, size: tuple[int, int]) -> None:
-        becomes(nn.Sequential(*self.EXACT[name], nn.ReLU()), (2, 4, *size), {"Conv2d": 1, "ReLU": 1})
-
-    INEXACT: dict[str, tuple[nn.Module, nn.Module]] = {
-        "padded 3x3 twice": (nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 6, 3, padding=1)),
-        "strided, then padded": (nn.Conv2d(4, 4, 3, 2, 1, bias=False), nn.Conv2d(4, 6, 3, padding=1)),
-        "unpadded, then padded": (nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 6, 3, padding=1)),
-        "zeros, then reflect": (
-            nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
-        ),
-    }  # fmt: skip
+        becomes(nn.Sequential(*EXACT[name], nn.ReLU()), (2, 4, *size), {"Conv2d": 1, "ReLU": 1})
 
     @pytest.mark.parametrize("passes", ["default", "all,-collapse"])
     @pytest.mark.parametrize("name", list(INEXACT))
     def test_inexact_pairs_stay_two_and_say_why(self, becomes: Any, name: str, passes: str) -> None:
-        model = nn.Sequential(*self.INEXACT[name], nn.ReLU())
+        model = nn.Sequential(*INEXACT[name], nn.ReLU())
         compiled = becomes(model, (2, 4, 9, 8), {"Conv2d": 2, "ReLU": 1}, passes=passes)
         assert compiled.report.ops_after["Conv2d"] == 2
         assert any("ring" in refused.reason or "pads" in refused.reason for refused in compiled.report.refusals)

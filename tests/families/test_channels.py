@@ -1,4 +1,4 @@
-"""Do rearrangements of channels (concat, split, shuffle, selection, pixel shuffle) go into the linear layers around them?
+"""Do rearrangements of channels (concat, split, shuffle, pixel shuffle) go into the linear layers around them?
 
 Channel shuffle: Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices"
 (2018), section 3.1 and figure 1. Pixel shuffle: Shi et al., "Real-Time Single Image and Video Super-Resolution Using
@@ -171,8 +171,8 @@ class TestPermutations:
         model = written(forward, first=conv_bn(1, 4), depthwise=conv_bn(3, 8), last=conv_bn(1, 4))
         becomes(model, (2, 8, 7, 9), {"Conv2d": 2, "ReLU": 1})
 
-    def test_a_flip_of_positions_stays(self, becomes: Any, written: Any) -> None:
-        """It is no map of channels: flipping the kernel as well would leave the flip where it is."""
+    def test_a_pointwise_layer_passes_a_flip_of_positions(self, becomes: Any, written: Any) -> None:
+        """The flip itself is no map of channels and stays."""
 
         def forward(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
             y: Tensor = torch.relu(second(torch.flip(first(x), [3])))

@@ -23,7 +23,7 @@ UPSAMPLING: dict[str, Any] = {
 class TestUpsampling:
     @pytest.mark.parametrize("mode", list(UPSAMPLING))
     def test_pointwise_layers_on_both_sides_become_one(self, becomes: Any, mode: str) -> None:
-        """Every interpolation has weights that sum to one, so a bias passes it too; the layer goes where it is cheap."""
+        """Every interpolation has weights that sum to one, so a bias passes it too."""
         model = nn.Sequential(
             nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), UPSAMPLING[mode], nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6),
             nn.ReLU(),
