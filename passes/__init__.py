@@ -2,6 +2,7 @@
 
 from rgc.passes.absorb_residual import absorb_residual
 from rgc.passes.collapse import collapse
+from rgc.passes.distribute_scale import distribute_scale
 from rgc.passes.drop_identity import drop_identity
 from rgc.passes.fold_batchnorm import fold_batchnorm
 from rgc.passes.fold_scale import fold_scale
@@ -14,6 +15,7 @@ from rgc.passes.remove_linear_activation import remove_linear_activation
 #: Every built-in pass, in the order in which they are tried at a value.
 ALL = (
     hygiene,
+    distribute_scale,
     remove_linear_activation,
     drop_identity,
     fold_batchnorm,

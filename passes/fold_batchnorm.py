@@ -1,12 +1,12 @@
 """A convolution followed by a frozen batch norm is one convolution: s(Wx + b - m) + t = (sW)x + s(b - m) + t.
 
-Before a convolution, W(s x + t) = (W s)x + W t: exact where the convolution pads nothing; with zero padding the ring
-around the batch norm's output is 0 and not t, which takes a bias map at a fixed size.
+Before a convolution, W(s x + t) = (W s)x + W t: exact where the convolution pads nothing. With zero padding the ring
+around the batch norm's output is 0 and not t: the convolution then pads with -t / s, which s x + t takes to 0, or, at
+a fixed size, gets a bias map.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from rgc import BatchNorm, Conv, Value, compose, require, rewrite
@@ -59,11 +59,14 @@ def batch_norm_without_statistics() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
 
 
-@fold_batchnorm.leaves_alone(shape=(2, 3, 8, 8), because="bias map")
+@fold_batchnorm.fires_on(shape=(2, 3, 8, 8))
 def batch_norm_before_a_padded_convolution() -> nn.Module:
-    bn = nn.BatchNorm2d(3)
-    torch.nn.init.ones_(bn.bias)
-    return nn.Sequential(bn, nn.Conv2d(3, 4, 3, padding=1)).eval()
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)).eval()
+
+
+@fold_batchnorm.leaves_alone(shape=(2, 4, 8, 8), because="unevenly")
+def batch_norm_before_a_transposed_convolution_of_groups() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3, stride=2, groups=4)).eval()
 
 
 @fold_batchnorm.leaves_alone(shape=(2, 5, 7), because="different axes")

@@ -53,6 +53,11 @@ def input_normalisation_before_an_unpadded_stem() -> nn.Module:
     return nn.Sequential(_Normalise(), nn.Conv2d(3, 4, 3)).eval()
 
 
-@fold_scale.leaves_alone(shape=(2, 3, 8, 8), because="bias map")
+@fold_scale.fires_on(shape=(2, 3, 8, 8))
 def input_normalisation_before_a_padded_stem() -> nn.Module:
     return nn.Sequential(_Centre(), nn.Conv2d(3, 4, 3, padding=1)).eval()
+
+
+@fold_scale.leaves_alone(shape=(2, 4, 8, 8), because="unevenly")
+def an_offset_before_a_transposed_convolution_of_groups() -> nn.Module:
+    return nn.Sequential(_Centre(), nn.ConvTranspose2d(4, 4, 3, stride=2, groups=4)).eval()

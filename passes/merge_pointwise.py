@@ -1,7 +1,7 @@
 """A 1x1 convolution and its neighbour are one convolution: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2).
 
 Linear layers in a row are the same law with no spatial axis. A 1x1 with bias before a zero-padded kernel takes a bias
-map at a fixed size, because the ring around its output is 0 and not b1.
+map at a fixed size or an input channel of ones at any size, because the ring around its output is 0 and not b1.
 """
 
 from __future__ import annotations
@@ -51,9 +51,14 @@ def two_linear_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 16), nn.Linear(16, 4)).eval()
 
 
-@merge_pointwise.leaves_alone(shape=(2, 8, 8, 8), because="bias map")
+@merge_pointwise.fires_on(shape=(2, 8, 16, 16))
 def pointwise_with_bias_before_a_padded_convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 3, padding=1)).eval()
+
+
+@merge_pointwise.leaves_alone(shape=(2, 8, 8, 8), because="bias map")
+def pointwise_with_bias_before_a_padded_convolution_of_groups() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 32, 1, groups=2), nn.Conv2d(32, 8, 3, padding=1, groups=8)).eval()
 
 
 @merge_pointwise.leaves_alone(shape=(2, 64, 28, 28), because="estimated slower")

@@ -10,6 +10,8 @@ from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
+from rgc.explain import explain
+from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
 from rgc.operators import (
     Activation,
@@ -36,10 +38,10 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
-    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply",
-    "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add",
-    "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes", "require", "rewrite", "save",
-    "testing", "unit", "verify",
+    "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred",
+    "Explanation", "Firing", "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear",
+    "Multiply", "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report",
+    "Rewrite", "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification",
+    "add", "border", "compile", "compose", "explain", "graph_pass", "load", "models", "nn", "passes", "require",
+    "rewrite", "save", "testing", "unit", "verify",
 ]  # fmt: skip

@@ -4,15 +4,17 @@ A `Conv` is kernel, bias, stride, dilation, groups, padding (each side its own) 
 channel axis followed by its spatial axes; everything before is batch. So ``nn.Linear`` is a `Conv` with no spatial
 axis, whatever the rank of its input, and a batch norm over [N, C, L] has one.
 
-**Composition** (per axis) of (k1, s1, p1, d1) then (k2, s2, p2, d2): stride s1 s2, padding p1 + s1 p2 on each side,
-kernel extent d1 (k1 - 1) + s1 d2 (k2 - 1) + 1, groups gcd(g1, g2), bias b2 + sum W2 b1. The output sizes always agree.
+**Composition** (per axis, `rgc.axis`) of (k1, s1, p1, d1) then (k2, s2, p2, d2): stride s1 s2, padding p1 + s1 p2 on
+each side, kernel extent d1 (k1 - 1) + s1 d2 (k2 - 1) + 1, groups gcd(g1, g2), bias b2 + sum W2 b1. The output sizes
+always agree.
 
 **Sum** of two maps with one source, stride and output grid: kernels aligned by their offsets, then added.
 
 **Border.** Zero padding is not shift-invariant. Let R be the positions outside the first map's output that the second
-reads. The composition is linear-exact iff for no r in R a window of the first map at r touches real input; with a bias
-the constant that the first map would have at r must also equal what the second pads with, or the difference becomes a
-bias map at a fixed size. Refusals name the ring.
+reads. The linear part is exact iff for no r in R a window of the first map at r touches real input. The constant part
+is exact as a bias if what the first map would have at r equals what the second pads with. If not, in this order: at a
+fixed size, a bias map; where the first map is one factor per channel, another pad value; where it reads one element,
+an implicit channel of ones beside the input, which is 1 inside and padded with 0. Refusals name the ring.
 
 Everything is computed in float64: integers stay exact.
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -30,8 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rgc.axis import Axis, align_axes, compose_axes, ring
 from rgc.errors import GraphError, Refusal, require
 from rgc.ir import Operator, TensorType
+from rgc.kernels import Kernel, add_kernels, compose_kernels, regroup, transpose_kernel
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size = tuple[int, ...]
@@ -155,9 +159,10 @@ class Conv(Linear):
     weight: [out, in / groups, *kernel] (transposed: [in, out / groups, *kernel], as torch has it).
     bias: [out], or, where ``size`` is fixed, a map [out, *output size]; None for no bias.
     stride, dilation, output_padding: one integer per axis (an integer stands for all axes).
-    padding: (before, after) per axis (an integer for both sides of all axes).
+    padding: (before, after) per axis (an integer for both sides of all axes); negative amounts crop.
     padding_mode: what is padded: "zeros" (or ``pad_value`` [in], a constant per channel), "reflect", "replicate",
     "circular".
+    ones: [out, *kernel], the weight of an implicit input channel that is 1 inside and padded with 0; None for none.
     size: the only spatial input size at which the map holds; None for every size.
     """
 
@@ -171,11 +176,12 @@ class Conv(Linear):
     pad_value: Tensor | None = None
     transposed: bool = False
     output_padding: Any = 0
+    ones: Tensor | None = None
     size: Size | None = None
 
     geometry: ClassVar[Mapping[str, Any]] = {
         "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros", "pad_value": None,
-        "transposed": False, "output_padding": 0, "size": None,
+        "transposed": False, "output_padding": 0, "ones": None, "size": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -201,8 +207,14 @@ class Conv(Linear):
             raise GraphError(f"Conv: a constant pad value contradicts padding mode {self.padding_mode!r}")
         if min(*self.kernel, *self.stride, *self.dilation, 1, 1) < 1:
             raise GraphError(f"Conv: kernel {self.kernel}, stride {self.stride} or dilation {self.dilation} is below 1")
-        if min(*itertools.chain(*self.padding), *self.output_padding, 0, 0) < 0:
-            raise GraphError(f"Conv: padding {self.padding} or output padding {self.output_padding} is negative")
+        if min(*self.output_padding, 0, 0) < 0:
+            raise GraphError(f"Conv: output padding {self.output_padding} is negative")
+        if self.transposed and min(*itertools.chain(*self.padding), 0, 0) < 0:
+            raise GraphError(f"Conv: the padding {self.padding} of a transposed convolution is negative")
+        if self.ones is not None and tuple(self.ones.shape) != (self.out_channels, *self.kernel):
+            raise GraphError(f"Conv: ones {list(self.ones.shape)} must be [out, *kernel]")
+        if self.ones is not None and (self.groups != 1 or self.padding_mode != "zeros"):
+            raise GraphError("Conv: a channel of ones needs one group and padding by constants")
         if any(self.output_padding) and not self.transposed:
             raise GraphError("Conv: only a transposed convolution has an output padding")
         if self.transposed and any(before != after for before, after in self.padding):
@@ -256,13 +268,28 @@ class Conv(Linear):
     @property
     def is_padded(self) -> bool:
         """Does any side read beyond the input?"""
-        return any(before or after for before, after in self.padding)
+        return any(before > 0 or after > 0 for before, after in self.padding)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The window on each axis."""
+        return tuple(map(Axis, self.kernel, self.stride, self.dilation, *zip(*self.padding, strict=True)))
+
+    @property
+    def kernels(self) -> Kernel:
+        """The weight in float64 as [out, in / groups, *kernel], also of a transposed convolution."""
+        kernel = Kernel(self.weight.double(), self.groups)
+        return transpose_kernel(kernel) if self.transposed else kernel
 
     @property
     def is_pointwise(self) -> bool:
         """Does each output position read just the input at that position?"""
-        plain = not self.is_padded and not any(self.output_padding)
-        return plain and all(k == 1 for k in self.kernel) and all(s == 1 for s in self.stride)
+        return not any(self.output_padding) and all(axis.is_pointwise for axis in self.axes)
+
+    @property
+    def reads_one_element(self) -> bool:
+        """Does each output position read one element of the input, none of them padding?"""
+        return not self.transposed and set(self.kernel) <= {1} and not any(itertools.chain(*self.padding))
 
     @property
     def label(self) -> str:
@@ -273,7 +300,23 @@ class Conv(Linear):
         kind = "transposed conv" if self.transposed else "conv"
         groups = "" if self.groups == 1 else f" groups={self.groups}"
         extra = " + bias map" if self.bias is not None and self.bias.dim() > 1 else ""
+        extra += "" if self.ones is None else " + ones"
         return f"{kind} {kernel} {self.in_channels}->{self.out_channels}{stride}{groups}{extra}"
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What has to run around PyTorch's own convolution, which knows neither ones, nor uneven padding, nor maps."""
+        shifted = self.is_padded and self.pad_value is not None and not self.pads_evenly
+        uneven = any(before != after or before < 0 for before, after in self.padding)
+        mapped = self.bias is not None and self.bias.dim() > 1
+        present = {"sub": shifted, "ones": self.ones is not None, "pad": uneven or self.pads_evenly, "add": mapped}
+        return tuple(name for name, needed in present.items() if needed)
+
+    @property
+    def pads_evenly(self) -> bool:
+        """Does it pad with one and the same constant in all channels?"""
+        value = self.pad_value
+        return self.is_padded and self.ones is None and value is not None and bool((value == value[0]).all())
 
     def as_conv(self, channels: int, spatial: int) -> Conv:
         require(spatial == self.spatial, f"{self.label} acts on other axes than its neighbour")
@@ -283,10 +326,12 @@ class Conv(Linear):
 
     def output_size(self, size: Size) -> Size:
         """Spatial output size for a spatial input size (torch.nn.Conv2d and ConvTranspose2d, "Shape")."""
-        axes = zip(size, self.kernel, self.stride, self.padding, self.dilation, self.output_padding, strict=True)
+        axes = list(zip(size, self.axes, self.output_padding, strict=True))
         if self.transposed:
-            return tuple((n - 1) * s - b - a + d * (k - 1) + o + 1 for n, k, s, (b, a), d, o in axes)
-        return tuple((n + b + a - d * (k - 1) - 1) // s + 1 for n, k, s, (b, a), d, _ in axes)
+            return tuple(
+                (n - 1) * a.stride - a.before - a.after + a.dilation * (a.kernel - 1) + o + 1 for n, a, o in axes
+            )
+        return tuple(axis.output_size(n) for n, axis, _ in axes)
 
     def evaluate(self, *inputs: Any) -> Any:
         (x,) = inputs
@@ -300,15 +345,29 @@ class Conv(Linear):
     def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.spatial == 0:
             return F.linear(x, ungrouped(self).weight, bias)
+        if self.ones is not None:
+            channel = -self.spatial - 1
+            return self.with_ones()._convolve(torch.cat([x, torch.ones_like(x.narrow(channel, 0, 1))], channel), bias)
         convolve, transposed = _CONVOLUTIONS[self.spatial]
+        before = [b for b, _ in self.padding]
         if self.transposed:
-            before = [b for b, _ in self.padding]
             return transposed(
                 x, self.weight, bias, self.stride, before, self.output_padding, self.groups, self.dilation
             )
-        if self.padding_mode == "zeros" and self.pad_value is None and all(b == a for b, a in self.padding):
-            return convolve(x, self.weight, bias, self.stride, [b for b, _ in self.padding], self.dilation, self.groups)
+        if self.padding_mode == "zeros" and self.pad_value is None and all(b == a >= 0 for b, a in self.padding):
+            return convolve(x, self.weight, bias, self.stride, before, self.dilation, self.groups)
         return convolve(pad(x, self), self.weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def with_ones(self) -> Conv:
+        """The same map with the channel of ones as its last input channel, for whoever puts it there."""
+        if self.ones is None:
+            raise GraphError(f"{self.label}: there is no channel of ones")
+        axis = 0 if self.transposed else 1
+        weight = torch.cat([self.weight, self.ones.unsqueeze(axis).to(self.weight)], axis)
+        value = self.pad_value
+        if value is not None:
+            value = torch.cat([value, value.new_zeros(1)])
+        return replace(self, weight=weight, ones=None, pad_value=value)
 
     def infer(self, *types: TensorType | None) -> TensorType | None:
         (given,) = types
@@ -346,7 +405,7 @@ def compose(second: Linear, first: Linear, size: Size | None = None) -> Linear:
         here = border(a, b, size)
         if here is not None:
             raise here
-    return _with_bias(_linear_part(a, b), a, b, size, pinned=anywhere is not None)
+    return _with_constant_part(_linear_part(a, b), a, b, size, pinned=anywhere is not None)
 
 
 def add(left: Linear, right: Linear, size: Size | None = None) -> Linear:
@@ -363,20 +422,12 @@ def add(left: Linear, right: Linear, size: Size | None = None) -> Linear:
     pinned = a.size or b.size
     if a.transposed:
         return _add_transposed(a, b)
-    if _reach(a) != _reach(b):
+    if any(one.reach != other.reach for one, other in zip(a.axes, b.axes, strict=True)):
         reason = f"{a.label} and {b.label} have different output sizes"
         require(size is not None and a.output_size(size) == b.output_size(size), reason)
         pinned = size
-    mode, value = _common_padding(a, b)
-    groups = math.gcd(a.groups, b.groups)
-    axes = [_align(a, b, axis) for axis in range(a.spatial)]
-    shape = (a.out_channels, a.in_channels // groups, *(axis.taps for axis in axes))
-    weight = Deferred(shape, lambda: _sum_of_kernels(a, b, groups, axes))
-    total = _sum_of_biases(a.bias, b.bias)
-    return Conv(
-        weight, total, a.stride, tuple(axis.padding for axis in axes), tuple(axis.dilation for axis in axes),
-        groups, mode, value, size=pinned,
-    )  # fmt: skip
+    a, b = _padded_alike(a, b)
+    return _side_by_side(a, b, pinned)
 
 
 def unit() -> Scale:
@@ -390,17 +441,17 @@ def border(second: Conv, first: Conv, size: Size | None) -> Refusal | None:
     Exact iff no window of ``first`` at a position outside its output that ``second`` reads touches real input
     (DESIGN section 4). ``size=None`` asks for every input size at once.
     """
-    padded = [axis for axis, sides in enumerate(second.padding) if any(sides)]
+    padded = [axis for axis, window in enumerate(second.axes) if window.is_padded]
     if not padded:
         return None
     if second.padding_mode != "zeros":
         return _border_of_copies(second, first, size, padded)
     if first.is_padded and first.padding_mode != "zeros":
         return Refusal(f"{first.label} pads by {first.padding_mode} where {second.label} pads zeros around its output")
-    rings = [_Ring.of(first, second, axis, None if size is None else size[axis]) for axis in range(first.spatial)]
-    offenders = [axis for axis, ring in enumerate(rings) if ring.touched]
-    for axis in offenders:
-        if all(ring.reads_input for other, ring in enumerate(rings) if other != axis):
+    rings = [ring(outer, inner, None if size is None else size[axis])
+             for axis, (outer, inner) in enumerate(zip(second.axes, first.axes, strict=True))]  # fmt: skip
+    for axis in [axis for axis, each in enumerate(rings) if each.touched]:
+        if all(each.reads_input for other, each in enumerate(rings) if other != axis):
             width = max(second.padding[axis])
             return Refusal(
                 f"border ring: {second.label} reads a ring {width} wide around the output of {first.label} as zeros, "
@@ -411,29 +462,21 @@ def border(second: Conv, first: Conv, size: Size | None) -> Refusal | None:
 
 
 def pad(x: Tensor, conv: Conv) -> Tensor:
-    """``x`` padded as ``conv`` pads it, along its last spatial axes."""
+    """``x`` padded and cropped as ``conv`` does it, along its last spatial axes."""
     amounts = [amount for sides in reversed(conv.padding) for amount in sides]
-    if conv.padding_mode != "zeros":
-        return F.pad(x, amounts, mode=conv.padding_mode)
-    padded = F.pad(x, amounts)
-    if conv.pad_value is None:
-        return padded
-    shape = (-1, *[1] * conv.spatial)
-    outside = 1 - F.pad(x.new_ones(x.shape[x.dim() - conv.spatial :]), amounts)
-    return padded + conv.pad_value.to(x.dtype).view(shape) * outside
+    added, cropped = [max(amount, 0) for amount in amounts], [min(amount, 0) for amount in amounts]
+    padded = F.pad(x, added, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+    if conv.pad_value is not None:
+        shape = (-1, *[1] * conv.spatial)
+        outside = 1 - F.pad(x.new_ones(x.shape[x.dim() - conv.spatial :]), added)
+        padded = padded + conv.pad_value.to(x.dtype).view(shape) * outside
+    return F.pad(padded, cropped) if any(cropped) else padded
 
 
 def regrouped(conv: Conv, groups: int) -> Conv:
     """The same convolution with fewer ``groups`` (a divisor of its own), the weight filled up with zeros."""
-    if groups == conv.groups:
-        return conv
-    ratio = conv.groups // groups
-    rows, columns = conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
-    w = conv.weight.reshape(groups, ratio, rows, columns, *conv.kernel)
-    wide = w.new_zeros(groups, ratio, rows, ratio, columns, *conv.kernel)
-    for index in range(ratio):
-        wide[:, index, :, index] = w[:, index]
-    return replace(conv, weight=wide.reshape(conv.weight.shape[0], ratio * columns, *conv.kernel), groups=groups)
+    kernel = regroup(Kernel(conv.weight, conv.groups), groups)
+    return conv if groups == conv.groups else replace(conv, weight=kernel.weight, groups=groups)
 
 
 def ungrouped(conv: Conv) -> Conv:
@@ -445,74 +488,56 @@ def ungrouped(conv: Conv) -> Conv:
 
 
 def _linear_part(second: Conv, first: Conv) -> Conv:
-    axes = list(zip(first.kernel, first.stride, first.dilation, second.kernel, second.dilation, strict=True))
-    steps = [(d1 if k1 > 1 else 0, s1 * d2 if k2 > 1 else 0) for k1, s1, d1, k2, d2 in axes]
-    dilation = tuple(math.gcd(*step) or 1 for step in steps)
-    inner = [step1 // d for (step1, _), d in zip(steps, dilation, strict=True)]
-    outer = [step2 // d for (_, step2), d in zip(steps, dilation, strict=True)]
+    composed = [compose_axes(outer, inner) for outer, inner in zip(second.axes, first.axes, strict=True)]
+    steps = [each.inner for each in composed], [each.outer for each in composed]
+    axes = [each.axis for each in composed]
     groups = math.gcd(first.groups, second.groups)
-    extents = zip(inner, outer, first.kernel, second.kernel, strict=True)
-    extent = tuple(i * (k1 - 1) + o * (k2 - 1) + 1 for i, o, k1, k2 in extents)
-    shape = (second.out_channels, first.in_channels // groups, *extent)
-    weight = Deferred(shape, lambda: _compose_kernels(second, first, inner, outer))
-    padding = tuple(
-        (b1 + s1 * b2, a1 + s1 * a2)
-        for (b1, a1), s1, (b2, a2) in zip(first.padding, first.stride, second.padding, strict=True)
-    )
-    stride = tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True))
+    shape = (second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes))
+    weight = Deferred(shape, lambda: compose_kernels(second.kernels, first.kernels, *steps).weight)
     padded = [conv for conv in (second, first) if conv.is_padded]
     mode: PaddingMode = next((conv.padding_mode for conv in padded if conv.padding_mode != "zeros"), "zeros")
-    value = first.pad_value if first.is_padded else None
-    return Conv(weight, None, stride, padding, dilation, groups, mode, value)
+    return _conv_on(axes, weight, groups, padding_mode=mode, pad_value=first.pad_value if first.is_padded else None)
 
 
-def _compose_kernels(second: Conv, first: Conv, inner: list[int], outer: list[int]) -> Tensor:
-    """W[o, i] = sum over m of W2[o, m] W1[m, i], taps at inner j1 + outer j2; groups stay block-diagonal."""
-    if second.groups % first.groups and first.groups % second.groups:
-        first = regrouped(first, math.gcd(first.groups, second.groups))
-    w1, w2 = first.weight.double(), second.weight.double()
-    middle, split = first.out_channels, max(first.groups, second.groups)
-    if second.groups >= first.groups:  # each group of the second reads one block of rows of the first
-        left = w2.reshape(split, -1, middle // split, *second.kernel)
-        right = w1.reshape(split, middle // split, -1, *first.kernel)
-    else:  # each group of the second reads several whole groups of the first
-        per = first.groups // second.groups
-        left = w2.reshape(second.groups, -1, per, middle // split, *second.kernel)
-        left = left.transpose(1, 2).reshape(split, -1, middle // split, *second.kernel)
-        right = w1.reshape(split, middle // split, -1, *first.kernel)
-    extent = [
-        i * (k1 - 1) + o * (k2 - 1) + 1 for i, o, k1, k2 in zip(inner, outer, first.kernel, second.kernel, strict=True)
-    ]
-    rows, columns = left.shape[1], right.shape[2]
-    product = w1.new_zeros(split, rows, columns, *extent)
-    taps, flat = left.reshape(split, rows, middle // split, -1), right.reshape(split, middle // split, -1)
-    for index, tap in enumerate(itertools.product(*map(range, second.kernel))):
-        window: tuple[slice, ...] = tuple(
-            slice(o * j, o * j + i * (k1 - 1) + 1, max(i, 1))
-            for i, o, j, k1 in zip(inner, outer, tap, first.kernel, strict=True)
-        )
-        block = torch.bmm(taps[..., index], flat) if middle > split else taps[..., index] * flat
-        product[(slice(None), slice(None), slice(None), *window)] += block.reshape(split, rows, columns, *first.kernel)
-    if second.groups >= first.groups:
-        return product.reshape(second.out_channels, columns, *extent)
-    per = first.groups // second.groups
-    product = product.reshape(second.groups, per, rows, columns, *extent).transpose(1, 2)
-    return product.reshape(second.out_channels, per * columns, *extent)
+def _conv_on(axes: Sequence[Axis], weight: Tensor | Deferred, groups: int, **fields: Any) -> Conv:
+    return Conv(
+        weight,
+        stride=tuple(axis.stride for axis in axes),
+        padding=tuple((axis.before, axis.after) for axis in axes),
+        dilation=tuple(axis.dilation for axis in axes),
+        groups=groups,
+        **fields,
+    )
 
 
-def _with_bias(linear: Conv, second: Conv, first: Conv, size: Size | None, pinned: bool) -> Conv:
-    maps = [conv.bias for conv in (first, second) if conv.bias is not None and conv.bias.dim() > 1]
-    if not maps and _ring_is_constant(second, first):
-        bias = _pushed_bias(second, first)
-        return _changed(linear, bias=bias, size=size if pinned or first.size or second.size else None)
-    if size is None:
-        raise Refusal(
-            f"{second.label} reads a ring around the output of {first.label} as "
-            f"{'zeros' if second.pad_value is None else 'its pad value'}, not as its bias: "
-            "exact only with a bias map at a fixed size (--passes all)"
-        )
-    at_zero = _response_to_zero(second, first, size)
-    return _changed(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
+def _with_constant_part(linear: Conv, second: Conv, first: Conv, size: Size | None, pinned: bool) -> Conv:
+    """``linear`` with what the two make of zeros, as a bias, bias map, pad value or channel of ones; or a refusal."""
+    has_maps = any(conv.bias is not None and conv.bias.dim() > 1 for conv in (first, second))
+    transfers = not has_maps and (second.ones is None or first.reads_one_element)
+    at = size if pinned or first.size or second.size else None
+    if transfers and _ring_is_constant(second, first):
+        return _changed(linear, bias=_pushed_bias(second, first), ones=_pushed_ones(second, first), size=at)
+    carries = transfers and first.reads_one_element and second.padding_mode == "zeros"
+    value = _value_that_becomes(second.pad_value, first) if carries else None
+    if value is not None and (size is None or _reads_less_than_it_makes(linear, size)):
+        ones = _pushed_ones(second, first)
+        return _changed(linear, bias=_pushed_bias(second, first), pad_value=value, ones=ones, size=at)
+    if size is not None:
+        at_zero = _response_to_zero(second, first, size)
+        return _changed(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
+    if carries and linear.groups == 1 and second.pad_value is None:
+        ones = _pushed_ones(second, first, with_bias=True)
+        return _changed(linear, bias=None if second.bias is None else second.bias.double(), ones=ones)
+    raise Refusal(
+        f"{second.label} reads a ring around the output of {first.label} as "
+        f"{'zeros' if second.pad_value is None else 'its pad value'}, not as its bias: "
+        "exact only with a bias map at a fixed size (--passes all)"
+    )
+
+
+def _reads_less_than_it_makes(conv: Conv, size: Size) -> bool:
+    """A pad value is subtracted from the input, a bias map is added to the output: which has fewer elements?"""
+    return conv.in_channels * math.prod(size) <= conv.out_channels * math.prod(conv.output_size(size))
 
 
 def _ring_is_constant(second: Conv, first: Conv) -> bool:
@@ -525,19 +550,46 @@ def _ring_is_constant(second: Conv, first: Conv) -> bool:
     if first.bias is not None:
         outside = outside + first.bias.double().cpu()
     if first.is_padded and first.pad_value is not None:
-        total = _sum_of_taps(ungrouped(first))
+        total = regroup(first.kernels, 1).taps()
         outside = outside + (total @ first.pad_value.double()).cpu()
     padded = torch.zeros_like(outside) if second.pad_value is None else second.pad_value.double().cpu()
     return torch.equal(outside, padded)
 
 
+def _value_that_becomes(wanted: Tensor | None, first: Conv) -> Tensor | None:
+    """The pad value v with s v + b = ``wanted`` (zeros for None) where ``first`` is one factor s per channel."""
+    if not first.groups == first.in_channels == first.out_channels or first.ones is not None:
+        return None
+    factor = first.weight.double().reshape(-1)
+    bias = torch.zeros_like(factor) if first.bias is None else first.bias.double()
+    missing = -bias if wanted is None else wanted.double() - bias
+    if bool(((factor == 0) & (missing != 0)).any()):
+        return None
+    return torch.where(missing == 0, torch.zeros_like(missing), missing / factor)
+
+
 def _pushed_bias(second: Conv, first: Conv) -> Tensor | None:
     if first.bias is None:
         return None if second.bias is None else second.bias.double()
-    total = _sum_of_taps(second)
+    total = second.kernels.taps()
     grouped = total.reshape(second.groups, -1, total.shape[1])
     pushed = (grouped @ first.bias.double().reshape(second.groups, -1, 1)).flatten()
     return pushed if second.bias is None else pushed + second.bias.double()
+
+
+def _pushed_ones(second: Conv, first: Conv, *, with_bias: bool = False) -> Tensor | None:
+    """The channel of ones of the composition; ``with_bias`` carries the bias of ``first`` there as well."""
+    entering = None if first.ones is None else first.ones.double()
+    if with_bias and first.bias is not None:
+        bias = first.bias.double().reshape(-1, *[1] * first.spatial)
+        entering = bias if entering is None else entering + bias
+    leaving = None if second.ones is None else second.ones.double()
+    if entering is None:
+        return leaving
+    composed = [compose_axes(outer, inner) for outer, inner in zip(second.axes, first.axes, strict=True)]
+    steps = [each.inner for each in composed], [each.outer for each in composed]
+    pushed = compose_kernels(second.kernels, Kernel(entering.unsqueeze(1)), *steps).weight.squeeze(1)
+    return pushed if leaving is None else pushed + leaving
 
 
 def _response_to_zero(second: Conv, first: Conv, size: Size) -> Tensor:
@@ -548,78 +600,44 @@ def _response_to_zero(second: Conv, first: Conv, size: Size) -> Tensor:
 
 def _compose_transposed(second: Conv, first: Conv, size: Size | None) -> Conv:
     """A transposed convolution and a pointwise one: y = W^T x upsampled, so channels mix exactly on either side."""
-    if first.transposed:
-        require(
-            not second.transposed and second.is_pointwise,
-            f"only a pointwise layer merges into {first.label}; found {second.label}",
-        )
-        kernel = _compose_kernels(second, _untransposed(first), [1] * first.spatial, [0] * first.spatial)
-    else:
-        require(first.is_pointwise, f"only a pointwise layer merges into {second.label}; found {first.label}")
-        plain = _untransposed(second)
-        kernel = _compose_kernels(plain, first, [0] * first.spatial, [1] * first.spatial)
-    geometry = first if first.transposed else second
-    groups = math.gcd(first.groups, second.groups)
-    pinned = size if first.size or second.size else None
-    merged = replace(geometry, weight=_retransposed(kernel, groups), bias=None, groups=groups, size=pinned)
-    if (
-        first.transposed
-        and (first.bias is None or first.bias.dim() == 1)
-        and (second.bias is None or second.bias.dim() == 1)
-    ):
-        return replace(merged, bias=_pushed_bias(second, first))
-    if first.bias is None or not bool((first.bias != 0).any()):
-        return replace(merged, bias=None if second.bias is None else second.bias.double())
-    if size is None:
-        raise Refusal(
-            f"the bias of {first.label} reaches the border and the gaps of {second.label} unevenly: "
-            "exact only with a bias map at a fixed size (--passes all)"
-        )
-    at_zero = _response_to_zero(second, first, size)
-    return replace(merged, bias=_without_constant_axes(at_zero[0]), size=size)
+    pointwise, transposed = (second, first) if first.transposed else (first, second)
+    require(
+        pointwise.is_pointwise and not pointwise.transposed,
+        f"only a pointwise layer merges into {transposed.label}; found {pointwise.label}",
+    )
+    none, every = [0] * first.spatial, [1] * first.spatial
+    steps = (every, none) if first.transposed else (none, every)
+    kernel = transpose_kernel(compose_kernels(second.kernels, first.kernels, *steps))
+    merged = replace(
+        transposed, weight=kernel.weight, bias=None, ones=None, groups=kernel.groups,
+        size=size if first.size or second.size else None,
+    )  # fmt: skip
+    has_maps = any(conv.bias is not None and conv.bias.dim() > 1 for conv in (first, second))
+    has_bias = first.bias is not None and bool((first.bias != 0).any())
+    if not has_maps and (first.transposed or not has_bias):
+        bias = _pushed_bias(second, first) if has_bias else second.bias
+        ones = None if first.ones is None else _pushed_ones_of_transposed(second, first.ones, steps)
+        ones = second.ones if ones is None else ones
+        return replace(merged, bias=None if bias is None else bias.double(), ones=ones)
+    if size is not None:
+        at_zero = _response_to_zero(second, first, size)
+        return replace(merged, bias=_without_constant_axes(at_zero[0]), size=size)
+    if not has_maps and merged.groups == 1:
+        assert first.bias is not None
+        ones = _pushed_ones_of_transposed(second, first.bias.reshape(-1, *[1] * first.spatial), steps)
+        ones = ones if second.ones is None else ones + second.ones.double()
+        return replace(merged, bias=None if second.bias is None else second.bias.double(), ones=ones)
+    raise Refusal(
+        f"the bias of {first.label} reaches the border and the gaps of {second.label} unevenly: "
+        "exact only with a bias map at a fixed size (--passes all)"
+    )
 
 
-def _untransposed(conv: Conv) -> Conv:
-    """The weight of a transposed convolution as [out, in / groups, *kernel]; only channels matter to the caller."""
-    w = conv.weight.reshape(conv.groups, -1, *conv.weight.shape[1:]).transpose(1, 2)
-    return Conv(w.reshape(conv.out_channels, -1, *conv.kernel), groups=conv.groups)
+def _pushed_ones_of_transposed(second: Conv, entering: Tensor, steps: tuple[list[int], list[int]]) -> Tensor:
+    return compose_kernels(second.kernels, Kernel(entering.double().unsqueeze(1)), *steps).weight.squeeze(1)
 
 
-def _retransposed(weight: Tensor, groups: int) -> Tensor:
-    w = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
-    return w.reshape(groups * weight.shape[1], -1, *weight.shape[2:]).contiguous()
-
-
-# --- the border --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """What ``second`` reads outside the output of ``first`` on one axis."""
-
-    touched: str  # the side on which a window of the first map out there touches real input, or ""
-    reads_input: bool  # does any window that is read, in or out, touch real input?
-
-    @staticmethod
-    def of(first: Conv, second: Conv, axis: int, n: int | None) -> _Ring:
-        k1, s1, d1, (before, after) = (
-            first.kernel[axis], first.stride[axis], first.dilation[axis], first.padding[axis],
-        )  # fmt: skip
-        outer_before, outer_after = second.padding[axis]
-        if n is None:  # the worst case over all sizes, in closed form
-            starts = (j * second.dilation[axis] - outer_before for j in range(second.kernel[axis]))
-            nearest = [start % -second.stride[axis] or -second.stride[axis] for start in starts if start < 0]
-            left = any(d1 * (k1 - 1) + s1 * position >= before for position in nearest)
-            right = outer_after > 0 and d1 * (k1 - 1) > after
-            return _Ring("leading" if left else "trailing" if right else "", True)
-        inside = (n + before + after - d1 * (k1 - 1) - 1) // s1 + 1
-        span = inside + outer_before + outer_after - second.dilation[axis] * (second.kernel[axis] - 1)
-        outputs = range((span - 1) // second.stride[axis] + 1)
-        taps = range(second.kernel[axis])
-        read = {o * second.stride[axis] + j * second.dilation[axis] - outer_before for o in outputs for j in taps}
-        touching = {r for r in read if any(0 <= r * s1 + j * d1 - before < n for j in range(k1))}
-        left, right = any(r < 0 for r in touching), any(r >= inside for r in touching)
-        return _Ring("leading" if left else "trailing" if right else "", bool(touching))
+# --- the border of padding that copies -----------------------------------------------------------------------------
 
 
 def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list[int]) -> Refusal | None:
@@ -628,10 +646,7 @@ def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list
     plain = all(first.kernel[axis] == 1 and first.stride[axis] == 1 and not any(first.padding[axis]) for axis in padded)
     if plain and (not first.is_padded or (first.padding_mode == mode and first.pad_value is None)):
         return None
-    same = all(
-        s == 1 and b + a == d * (k - 1)
-        for k, s, d, (b, a) in zip(first.kernel, first.stride, first.dilation, first.padding, strict=True)
-    )
+    same = all(axis.stride == 1 and axis.reach == -1 for axis in first.axes)
     if mode == "circular" and first.padding_mode == "circular" and same:
         reach = [max(b1 + b2, a1 + a2) for (b1, a1), (b2, a2) in zip(first.padding, second.padding, strict=True)]
         if size is None:
@@ -646,59 +661,52 @@ def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list
 # --- sums --------------------------------------------------------------------------------------------------------
 
 
-def _sum_of_kernels(a: Conv, b: Conv, groups: int, axes: list[_Alignment]) -> Tensor:
-    wa, wb = (regrouped(conv, groups).weight.double() for conv in (a, b))
-    weight = wa.new_zeros(a.out_channels, a.in_channels // groups, *(axis.taps for axis in axes))
-    for w, index in ((wa, 0), (wb, 1)):
-        weight[(slice(None), slice(None), *(axis.place[index] for axis in axes))] += w
-    return weight
+def _side_by_side(a: Conv, b: Conv, size: Size | None) -> Conv:
+    alignments = [align_axes(one, other) for one, other in zip(a.axes, b.axes, strict=True)]
+    axes = [alignment.axis for alignment in alignments]
+    groups = math.gcd(a.groups, b.groups)
+    shape = (a.out_channels, a.in_channels // groups, *(axis.kernel for axis in axes))
+    weight = Deferred(shape, lambda: add_kernels(a.kernels, b.kernels, alignments).weight)
+    ones = None
+    if a.ones is not None or b.ones is not None:
+        require(groups == 1, f"{a.label} and {b.label}: a channel of ones would make a sum of groups dense")
+        ones = add_kernels(_ones_of(a), _ones_of(b), alignments).weight.squeeze(1)
+    bias = _sum_of_biases(a.bias, b.bias)
+    padded = next((conv for conv in (a, b) if conv.is_padded), None)
+    if padded is None:
+        return _conv_on(axes, weight, groups, bias=bias, ones=ones, size=size)
+    mode, value = padded.padding_mode, padded.pad_value
+    return _conv_on(axes, weight, groups, bias=bias, padding_mode=mode, pad_value=value, ones=ones, size=size)
 
 
-@dataclass(frozen=True)
-class _Alignment:
-    taps: int
-    dilation: int
-    padding: tuple[int, int]
-    place: tuple[slice, slice]  # where each kernel lies in the common one
+def _ones_of(conv: Conv) -> Kernel:
+    if conv.ones is None:
+        return Kernel(torch.zeros(conv.out_channels, 1, *conv.kernel, dtype=torch.float64))
+    return Kernel(conv.ones.double().unsqueeze(1))
 
 
-def _align(a: Conv, b: Conv, axis: int) -> _Alignment:
-    starts = [-conv.padding[axis][0] for conv in (a, b)]
-    steps = [conv.dilation[axis] for conv in (a, b)]
-    counts = [conv.kernel[axis] for conv in (a, b)]
-    first = min(starts)
-    last = max(start + step * (count - 1) for start, step, count in zip(starts, steps, counts, strict=True))
-    offsets = [abs(starts[0] - starts[1]), *(step for step, count in zip(steps, counts, strict=True) if count > 1)]
-    dilation = math.gcd(*offsets) or 1
-    place = tuple(
-        slice(
-            (start - first) // dilation, (start - first + step * (count - 1)) // dilation + 1, max(step // dilation, 1)
-        )
-        for start, step, count in zip(starts, steps, counts, strict=True)
-    )
-    after = min(_reach(a)[axis], _reach(b)[axis]) + 1 + last  # keeps the output grid of both
-    return _Alignment((last - first) // dilation + 1, dilation, (-first, after), cast(tuple[slice, slice], place))
+def _padded_alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
+    """Both with one padding mode and one pad value, or a refusal."""
+    if not (a.is_padded and b.is_padded):
+        return a, b
+    require(a.padding_mode == b.padding_mode, f"padding modes differ: {a.padding_mode} and {b.padding_mode}")
+    values = [torch.zeros(a.in_channels) if c.pad_value is None else c.pad_value.cpu() for c in (a, b)]
+    if torch.equal(values[0].double(), values[1].double()):
+        return a, b
+    require(math.gcd(a.groups, b.groups) == 1, "the two branches pad with different constants")
+    return _padded_with_zeros(a), _padded_with_zeros(b)
 
 
-def _reach(conv: Conv) -> Size:
-    """before + after - d (k - 1) - 1 per axis: equal reach means equal output size for every input size."""
-    return tuple(b + a - d * (k - 1) - 1 for (b, a), d, k in zip(conv.padding, conv.dilation, conv.kernel, strict=True))
-
-
-def _common_padding(a: Conv, b: Conv) -> tuple[PaddingMode, Tensor | None]:
-    padded = [conv for conv in (a, b) if conv.is_padded]
-    if not padded:
-        return "zeros", None
-    require(
-        all(conv.padding_mode == padded[0].padding_mode for conv in padded),
-        f"padding modes differ: {a.padding_mode} and {b.padding_mode}",
-    )
-    values = [torch.zeros(a.in_channels) if c.pad_value is None else c.pad_value.cpu() for c in padded]
-    require(
-        all(torch.equal(value.double(), values[0].double()) for value in values),
-        "the two branches pad with different constants",
-    )
-    return padded[0].padding_mode, padded[0].pad_value
+def _padded_with_zeros(conv: Conv) -> Conv:
+    """K pad(x, v) = K pad(x, 0) + (sum of the taps of K v) - (K v) pad(1, 0): the pad value as a channel of ones."""
+    if conv.pad_value is None:
+        return conv
+    value = Kernel(conv.pad_value.double().reshape(-1, 1, *[1] * conv.spatial))
+    none, every = [0] * conv.spatial, [1] * conv.spatial
+    reached = compose_kernels(regroup(conv.kernels, 1), value, none, every)
+    bias = _sum_of_biases(conv.bias, reached.taps().squeeze(1))
+    ones = _ones_of(conv).weight - reached.weight
+    return replace(ungrouped(conv), pad_value=None, bias=bias, ones=ones.squeeze(1))
 
 
 def _add_transposed(a: Conv, b: Conv) -> Conv:
@@ -706,8 +714,11 @@ def _add_transposed(a: Conv, b: Conv) -> Conv:
         getattr(a, name) == getattr(b, name) for name in ("kernel", "padding", "dilation", "output_padding", "groups")
     )
     require(same, f"{a.label} and {b.label}: transposed branches are added only where their geometry is the same")
-    size = a.size or b.size
-    return replace(a, weight=a.weight.double() + b.weight.double(), bias=_sum_of_biases(a.bias, b.bias), size=size)
+    ones = None
+    if a.ones is not None or b.ones is not None:
+        ones = (_ones_of(a).weight + _ones_of(b).weight).squeeze(1)
+    total = a.weight.double() + b.weight.double()
+    return replace(a, weight=total, bias=_sum_of_biases(a.bias, b.bias), ones=ones, size=a.size or b.size)
 
 
 def _sum_of_biases(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -734,7 +745,15 @@ def _as_convs(second: Linear, first: Linear, parallel: bool = False) -> tuple[Co
     entering = (inner or known)[0]
     b = first.as_conv(entering, spatial)
     a = second.as_conv(entering if parallel else b.out_channels, spatial)
-    return _changed(a), _changed(b)  # the laws account for every field, so every field counts as read
+    return _settled(a), _settled(b)
+
+
+def _settled(conv: Conv) -> Conv:
+    """The same map; ones that no window leaves are a bias. The laws account for every field, so all count as read."""
+    if conv.ones is None or conv.is_padded or conv.transposed:
+        return _changed(conv)
+    total = conv.ones.double().reshape(conv.out_channels, -1).sum(-1)
+    return _changed(conv, bias=_sum_of_biases(conv.bias, total), ones=None)
 
 
 def _same_axes(a: Scale, b: Scale) -> bool:
@@ -770,10 +789,6 @@ def _changed(conv: Conv, **changes: Any) -> Conv:
     """`dataclasses.replace` that leaves a deferred weight deferred."""
     fields = {name: getattr(conv, name) for name in ("bias", *conv.geometry)}
     return Conv(**{"weight": conv.__dict__["weight"], **fields, **changes})
-
-
-def _sum_of_taps(conv: Conv) -> Tensor:
-    return conv.weight.double().reshape(*conv.weight.shape[:2], -1).sum(dim=-1)
 
 
 def _per_axis(name: str, value: Any, rank: int) -> Size:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from rgc.algebra import Conv
 from rgc.errors import InputError
-from rgc.ir import Input, Value
+from rgc.ir import Input, TensorType, Value
 from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten
 
 Objective = Literal["latency", "depth", "macs", "params"]
@@ -35,7 +35,8 @@ class Target:
         if isinstance(value.op, Input | Constant | Structural | Flatten | Unflatten):
             return 0.0
         compute = 2 * macs(value) / (self.peak * self.efficiency[_kernel_class(value)])
-        return self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
+        calls = 1 + len(_extras(value))
+        return calls * self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
 
 
 CPU = Target(
@@ -86,23 +87,27 @@ def parameters(value: Value) -> int:
 
 
 def _layers(value: Value) -> float:
-    """Layers first; a bias map is an addition, which counts a little."""
+    """Layers first; what has to run around a convolution (a bias map, uneven padding) counts a little."""
     if isinstance(value.op, Input | Constant):
         return 0.0
     if isinstance(value.op, Structural | Flatten | Unflatten):
         return 0.01
-    extra = 0.1 if isinstance(value.op, Conv) and value.op.bias is not None and value.op.bias.dim() > 1 else 0.0
-    return 1.0 + extra
+    return 1.0 + 0.1 * len(_extras(value))
+
+
+def _extras(value: Value) -> tuple[str, ...]:
+    return value.op.extras if isinstance(value.op, Conv) else ()
 
 
 def _bytes_moved(value: Value) -> float:
-    tensors = [value.type, *(used.type for used in value.inputs)]
-    moved = sum(math.prod(given.shape) * given.dtype.itemsize for given in tensors if given is not None)
+    moved = sum(_bytes(given.type) for given in (value, *value.inputs))
     width = value.type.dtype.itemsize if value.type is not None else 4
-    extra = 0.0
-    if isinstance(value.op, Conv) and value.op.bias is not None and value.op.bias.dim() > 1 and value.type is not None:
-        extra = 2 * math.prod(value.type.shape) * width  # the map is added in a pass of its own
-    return moved + extra + parameters(value) * width
+    passes = (2 * _bytes((value if extra == "add" else value.inputs[0]).type) for extra in _extras(value))
+    return moved + sum(passes) + parameters(value) * width
+
+
+def _bytes(given: TensorType | None) -> float:
+    return 0.0 if given is None else math.prod(given.shape) * given.dtype.itemsize
 
 
 def _kernel_class(value: Value) -> str:

@@ -52,9 +52,8 @@ def _layer_names(op: Operator) -> list[str]:
         case Conv(spatial=0):
             return ["Linear"]
         case Conv():
-            extra = ["add"] if op.bias is not None and op.bias.dim() > 1 else []
             kinds = _TRANSPOSED if op.transposed else _PLAIN
-            return [kinds[op.spatial].__name__, *extra, *(["sub"] if op.pad_value is not None else [])]
+            return [kinds[op.spatial].__name__, *({"ones": "pad"}.get(extra, extra) for extra in op.extras)]
         case Scale():
             return ["mul"] * (not bool((op.scale == 1).all())) + ["add"] * (not bool((op.shift == 0).all()))
         case BatchNorm():
@@ -170,16 +169,22 @@ class _Emitter:
         raise GraphError(f"{value.where}: no layer for the operator {op.label}")
 
     def _conv(self, value: Value, op: Conv, x: fx.Node) -> fx.Node:
+        """The layers of a convolution: those in ``op.extras`` stand around it, in that order."""
         bias_map = op.bias if op.bias is not None and op.bias.dim() > 1 else None
         plain = op if bias_map is None else replace(op, bias=None)
-        if plain.pad_value is not None:
+        if "sub" in op.extras:
             # K * pad(x, v) = K * pad(x - v, 0) + (sum of taps of K) v
-            v = plain.pad_value.reshape(-1, *[1] * op.spatial)
+            assert op.pad_value is not None
+            v = op.pad_value.reshape(-1, *[1] * op.spatial)
             x = self._function(value, operator.sub, x, self._constant(value, v, "pad_value"))
             plain = replace(plain, pad_value=None, bias=_bias_of_pad_value(plain))
-        if any(before != after for before, after in plain.padding):
+        if "ones" in op.extras:
+            channel_behind = (*[0] * (2 * op.spatial), 0, 1)
+            x = self.graph.call_function(F.pad, (x, channel_behind, "constant", 1.0))
+            plain = plain.with_ones()
+        if "pad" in op.extras:
             x = self._module(value, lambda: _padding_layer(plain), x, suffix="pad")
-            plain = replace(plain, padding=0, padding_mode="zeros")
+            plain = replace(plain, padding=0, padding_mode="zeros", pad_value=None)
         node = self._module(value, lambda: _convolution(plain, self._parameter), x)
         if bias_map is None:
             return node
@@ -333,11 +338,18 @@ def _bias_of_pad_value(op: Conv) -> Tensor:
 
 
 def _padding_layer(op: Conv) -> nn.Module:
-    amounts = tuple(amount for sides in reversed(op.padding) for amount in sides)
-    kinds: dict[str, Any] = {"zeros": "ZeroPad", "reflect": "ReflectionPad", "replicate": "ReplicationPad"}
-    name = kinds.get(op.padding_mode, "CircularPad")
-    layer: nn.Module = getattr(nn, f"{name}{op.spatial}d")(amounts)
-    return layer
+    amounts = [amount for sides in reversed(op.padding) for amount in sides]
+    added, cropped = tuple(max(amount, 0) for amount in amounts), tuple(min(amount, 0) for amount in amounts)
+    kind = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}.get(op.padding_mode)
+    value = 0.0 if op.pad_value is None else float(op.pad_value[0])
+    layers: list[nn.Module] = []
+    if any(added) and kind is not None:
+        layers.append(getattr(nn, f"{kind}{op.spatial}d")(added))
+    elif any(added):
+        layers.append(getattr(nn, f"ConstantPad{op.spatial}d")(added, value))
+    if any(cropped):
+        layers.append(getattr(nn, f"ConstantPad{op.spatial}d")(cropped, 0.0))
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
 def _batch_norm(op: BatchNorm, cast: Any, parameter: Any) -> nn.Module:

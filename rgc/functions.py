@@ -213,31 +213,46 @@ def _concat(lifter: Lifting, tensors: Any, dim: int = 0, axis: int | None = None
 
 
 def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | None:
-    """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest."""
+    """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest.
+
+    ``x.reshape(x.size(0), x.size(1), -1)`` keeps both axes and flattens what is behind them.
+    """
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
     if options or not isinstance(x, Value) or not sizes or not isinstance(sizes[0], Value):
         return None
-    if any(isinstance(n, Value) for n in sizes[1:]) or not _is_batch_size(lifter, sizes[0], x):
+    kept = sum(isinstance(n, Value) for n in sizes)
+    if kept > len(lifter.shape(x)) or not all(_is_length(lifter, n, x, axis) for axis, n in enumerate(sizes[:kept])):
         return None
-    if sizes[1:] == (-1,):
-        return lifter.emit(Structural(torch.flatten, (Slot(0), 1)), x)
-    if -1 in sizes:
+    if sizes[kept:] == (-1,) and kept < len(lifter.shape(x)):
+        return lifter.emit(Structural(torch.flatten, (Slot(0), kept)), x)
+    if kept > 1 or -1 in sizes:
         return None
     return lifter.emit(Structural(torch.reshape, (Slot(0), (-1, *sizes[1:]))), x)
 
 
-def _is_batch_size(lifter: Lifting, size: Value, x: Value) -> bool:
-    """Is ``size`` the length of the first axis of ``x``, or of an input of that length?"""
+def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
+    """Is ``size`` the length of this axis of ``x`` at every size, or of an input's first axis, for the batch?"""
+    if not isinstance(size, Value):
+        return False
     measured = size.inputs[0] if size.inputs else size
     args = size.op.args if isinstance(size.op, Opaque | Structural) else ()
-    if size.op.label == "getitem" and args[1:] == (0,):  # x.shape[0], x.size()[0]
+    if size.op.label == "getitem" and args[1:] == (axis,):  # x.shape[0], x.size()[0]
         if measured.op.label not in {"getattr", "size"}:
             return False
         measured = measured.inputs[0]
-    elif args[1:] != (0,) or size.op.label not in {"size", "sym_size.int"}:
+    elif args[1:] != (axis,) or size.op.label not in {"size", "sym_size.int"}:
         return False
-    same = measured is x or isinstance(measured.op, Input)
-    return same and lifter.real.get(size) == lifter.shape(x)[0]
+    same = measured in _of_one_shape(x) or (axis == 0 and isinstance(measured.op, Input))
+    return same and lifter.real.get(size) == lifter.shape(x)[axis]
+
+
+def _of_one_shape(x: Value) -> list[Value]:
+    """``x`` and the values before it that have its shape at every size."""
+    found = [x]
+    while isinstance(x.op, Activation | BatchNorm | Identity | Scale):
+        x = x.inputs[0]
+        found.append(x)
+    return found
 
 
 FUNCTIONS: dict[str, Handler] = {

@@ -102,10 +102,13 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     exact = [source.tensor_type.shape for source in sources]
     spatial = {_spatial(value) for value in values} - {None}
     free = all(v.op.any_size and not isinstance(v.op, Call | Constant) for v in values)
-    if not free or len(spatial) != 1 or len({len(shape) for shape in exact}) > 1 or len({s[1:] for s in exact}) > 1:
+    if not free or len(spatial) > 1 or len({len(shape) for shape in exact}) > 1:
         return []
-    axes = next(iter(spatial)) or 0
-    if len(exact[0]) < axes + 2:
+    axes = next(iter(spatial), None)
+    if axes is None:  # nothing tells channels from positions: the first two axes stay as they are
+        axes = max(len(exact[0]) - 2, 0)
+    channel = len(exact[0]) - axes - 1
+    if channel < 1 or len({(shape[1:channel], shape[channel + 1 :]) for shape in exact}) > 1:
         return []
     reach, stride = _reach(values, sources, axes)
     residues = min(max(stride, 2), 4)  # sizes that leave different remainders behind the last window

@@ -18,7 +18,7 @@ class Firing:
 
     ``evidence`` is "bitwise", "exact" (equal in the reals) or "exact+corrected" (with a bias map); ``max_error`` is the
     largest float64 difference seen at its proof, relative to the largest intermediate value; ``result``
-    the new operators.
+    the new operators; ``sources`` the paths of the layers and calls that went in.
     """
 
     rewrite: str
@@ -26,6 +26,7 @@ class Firing:
     evidence: str
     max_error: float
     result: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import nn
 from rgc.errors import GraphError
 from rgc.ir import Graph, Operator, Value
 from rgc.operators import Add, Multiply
-from rgc.region import Region
+from rgc.region import PartialJoin, Region
 
 Predicate = Callable[[Any], bool]
 
@@ -88,11 +88,21 @@ class Match:
     values: dict[str, Value] = field(default_factory=dict)
     operators: dict[str, Operator] = field(default_factory=dict)
     interior: tuple[Value, ...] = ()
+    partial: PartialJoin | None = None
 
     @property
     def root(self) -> Value:
-        """The value that the rewrite replaces."""
+        """The value that is replaced."""
         return self.interior[0]
+
+    @property
+    def target(self) -> Value:
+        """The value that the rewrite speaks of: the root, or some addends of the sum that ends there."""
+        return self.root if self.partial is None else self.partial.join.sink
+
+    def embed(self, value: Value) -> Value:
+        """What replaces the root, where ``value`` replaces the target."""
+        return value if self.partial is None else self.partial.embed(value)
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,11 @@ class Case:
             return None
         source = self.pattern.arguments[0].name
         return Match({source: region.source}, {self.pattern.operator: region}, region.values[::-1])
+
+    def match_partial(self, partial: PartialJoin) -> Match | None:
+        """The match of some addends of a sum: sums are matched modulo order and bracketing."""
+        match = self.match_region(partial.join)
+        return None if match is None else replace(match, interior=partial.merged, partial=partial)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ def dense(conv: Conv, size: Size) -> tuple[np.ndarray, np.ndarray]:
                 place = _scattered(conv, position, tap)
                 if all(0 <= at < n for at, n in zip(place, outputs, strict=True)):
                     M[(o, *place, i, *position)] += weight[(i, row, *tap)]
+                    if conv.ones is not None and i == 0:
+                        c[(o, *place)] += float(conv.ones[(o, *tap)])
             continue
         for place in itertools.product(*map(range, outputs)):
             position = _gathered(conv, place, tap, size)
@@ -111,6 +113,8 @@ def dense(conv: Conv, size: Size) -> tuple[np.ndarray, np.ndarray]:
                 M[(o, *place, i, *position)] += weight[(o, column, *tap)]
             elif conv.pad_value is not None:
                 c[(o, *place)] += weight[(o, column, *tap)] * float(conv.pad_value[i])
+            if conv.ones is not None and i == 0 and None not in position:
+                c[(o, *place)] += float(conv.ones[(o, *tap)])
     for o, place in itertools.product(range(conv.out_channels), itertools.product(*map(range, outputs))):
         if conv.bias is not None:
             c[(o, *place)] += float(conv.bias[o] if conv.bias.dim() == 1 else conv.bias[(o, *place)])
@@ -197,9 +201,10 @@ def convolutions(
 
     kernel = per_axis(1, 1 if pointwise else largest)
     stride = per_axis(1, 1 if pointwise else 2 if rank > 1 else 3)
-    padding = tuple(zip(per_axis(0, 2), per_axis(0, 2), strict=True)) if padded and not pointwise else 0
+    padding = tuple(zip(per_axis(-1, 2), per_axis(-1, 2), strict=True)) if padded and not pointwise else 0
     mode = draw(st.sampled_from(modes))
     seed = draw(SEEDS)
+    ones = integers(seed + 3, makes, *kernel) if groups == 1 and mode in ("zeros", "constant") and rank else None
     return Conv(
         integers(seed, makes, reads // groups, *kernel),
         integers(seed + 1, makes) if (draw(st.booleans()) if bias is None else bias) else None,
@@ -209,6 +214,7 @@ def convolutions(
         groups,
         "zeros" if mode == "constant" else mode,
         integers(seed + 2, reads) if mode == "constant" else None,
+        ones=ones if draw(st.integers(0, 3)) == 0 else None,
     )
 
 
@@ -220,10 +226,11 @@ def transposed_convolutions(draw: st.DrawFn, rank: int, reads: int | None = None
     extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(plain.stride, plain.dilation, strict=True))
     rows, columns = plain.out_channels // plain.groups, plain.in_channels
     weight = integers(draw(SEEDS), columns, rows, *plain.kernel)
-    before = tuple((b, b) for b, _ in plain.padding)
+    before = tuple((abs(b), abs(b)) for b, _ in plain.padding)
     return Conv(
-        weight, plain.bias, plain.stride, before, plain.dilation, plain.groups, transposed=True, output_padding=extra
-    )
+        weight, plain.bias, plain.stride, before, plain.dilation, plain.groups, transposed=True, output_padding=extra,
+        ones=plain.ones,
+    )  # fmt: skip
 
 
 @st.composite
@@ -247,10 +254,10 @@ def siblings(draw: st.DrawFn, rank: int) -> tuple[Conv, Conv]:
     padding = []
     for (before, behind), d1, k1, d2, k2 in zip(a.padding, a.dilation, a.kernel, b.dilation, b.kernel, strict=True):
         total = before + behind - d1 * (k1 - 1) + d2 * (k2 - 1)
-        assume(total >= 0)
-        padding.append((start := draw(st.integers(0, total)), total - start))
+        padding.append((start := draw(st.integers(min(total, 0), max(total, 0))), total - start))
     mode = draw(st.sampled_from((a.padding_mode, "zeros"))) if not any(map(any, padding)) else a.padding_mode
-    return a, replace(b, padding=tuple(padding), padding_mode=mode, pad_value=a.pad_value if mode == "zeros" else None)
+    value, ones = (a.pad_value, b.ones) if mode == "zeros" else (None, None)
+    return a, replace(b, padding=tuple(padding), padding_mode=mode, pad_value=value, ones=ones)
 
 
 def unless_refused(law: Callable[..., Linear], *arguments: Any) -> Linear:
@@ -557,7 +564,7 @@ def positive_pairs(draw: st.DrawFn, rank: int) -> tuple[Conv, Conv]:
             return tuple(draw(st.integers(low, high if rank == 1 else min(high, 2))) for _ in range(rank))
 
         kernel = tuple(draw(st.integers(1, 4 if rank == 1 else 3)) for _ in range(rank))
-        padding = tuple(zip(per_axis(0, 3), per_axis(0, 3), strict=True))
+        padding = tuple(zip(per_axis(-1, 3), per_axis(-1, 3), strict=True))
         weight = integers(draw(SEEDS), 1, 1, *kernel, low=1)
         return Conv(weight, stride=per_axis(1, 3), padding=padding, dilation=per_axis(1, 3))
 
@@ -648,12 +655,15 @@ def test_a_3x3_after_a_3x3_is_exact_where_the_padding_comes_first(inner: int, ou
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(6, 6), (7, 7), (8, 5)])
 @pytest.mark.parametrize("padding", [1, 2])
-def test_a_biased_1x1_before_a_padded_convolution_needs_a_bias_map(stride: int, size: Size, padding: int) -> None:
+def test_a_biased_1x1_before_a_padded_convolution_is_one_with_ones_or_a_bias_map(
+    stride: int, size: Size, padding: int
+) -> None:
     kernel = 2 * padding + 1
     second = Conv(integers(1, 2, 2, kernel, kernel), integers(2, 2), stride, padding)
     first = pointwise(3)
-    with pytest.raises(Refusal, match="reads a ring .* as zeros, not as its bias: exact only with a bias map"):
-        compose(second, first)
+    anywhere = compose(second, first)
+    assert isinstance(anywhere, Conv) and anywhere.size is None and anywhere.ones is not None
+    assert_equal_in_two_steps(anywhere, second, first, 2, size)
     merged = compose(second, first, size)
     assert isinstance(merged, Conv) and merged.size == size and merged.bias is not None
     assert_equal_in_two_steps(merged, second, first, 2, size)
@@ -675,9 +685,48 @@ def test_padding_with_the_bias_needs_neither_a_map_nor_a_size() -> None:
     assert_exact_everywhere(three_by_three(1, bias=True, pad_value=first.bias), first)
 
 
+def test_a_strided_1x1_with_a_bias_before_a_padded_convolution_is_one_with_ones() -> None:
+    assert_exact_everywhere(three_by_three(1, bias=True), pointwise(3, stride=2))
+
+
+def test_a_biased_depthwise_layer_before_a_padded_depthwise_one_pads_with_what_becomes_zero() -> None:
+    first = Conv(4 * torch.tensor([1.0, -1.0]).double().view(2, 1, 1, 1), 8 * ones(2), groups=2)
+    second = Conv(integers(2, 2, 1, 3, 3), padding=1, groups=2)
+    merged = second @ first
+    assert isinstance(merged, Conv) and merged.groups == 2 and merged.pad_value is not None
+    assert merged.pad_value.tolist() == [-2, 2]
+    assert_exact_everywhere(second, first)
+
+
+def test_a_biased_pointwise_layer_of_groups_before_a_padded_one_needs_a_map() -> None:
+    first = Conv(integers(1, 4, 2, 1, 1), integers(2, 4), groups=2)
+    second = Conv(integers(3, 4, 1, 3, 3), padding=1, groups=4)
+    with pytest.raises(Refusal, match="reads a ring .* as zeros, not as its bias: exact only with a bias map"):
+        compose(second, first)
+    assert_equal_in_two_steps(compose(second, first, (5, 4)), second, first, 4, (5, 4))
+
+
+def test_a_factor_of_zero_cannot_make_up_for_a_bias() -> None:
+    first = Conv(torch.zeros(2, 1, 1, 1).double(), ones(2), groups=2)
+    with pytest.raises(Refusal, match="exact only with a bias map"):
+        compose(Conv(integers(3, 2, 1, 3, 3), padding=1, groups=2), first)
+
+
+def test_a_crop_before_a_kernel_is_a_crop_of_its_padding() -> None:
+    crop = Conv(ones(2, 1, 1, 1), padding=((-1, 0), (0, -2)), groups=2)
+    merged = three_by_three(1, 0) @ crop
+    assert isinstance(merged, Conv) and merged.padding == ((-1, 0), (0, -2))
+    assert_exact_everywhere(three_by_three(1, 0), crop)
+
+
+def test_zeros_around_a_crop_are_refused() -> None:
+    with pytest.raises(Refusal, match="border ring"):
+        three_by_three(1) @ Conv(ones(2, 1, 1, 1), padding=-1, groups=2)
+
+
 def test_padding_with_another_constant_than_the_bias_needs_a_map() -> None:
     with pytest.raises(Refusal, match="reads a ring .* as its pad value, not as its bias"):
-        compose(three_by_three(1, pad_value=ones(2)), pointwise(3, bias=False))
+        compose(three_by_three(1, pad_value=ones(2)), pointwise(3, bias=True))
 
 
 def test_a_constant_padded_twice_is_exact_where_the_constants_agree() -> None:
@@ -690,20 +739,22 @@ def test_a_constant_padded_twice_is_exact_where_the_constants_agree() -> None:
 
 def test_what_an_unpadded_convolution_would_pad_with_does_not_count() -> None:
     five = 5 * ones(1)
-    with pytest.raises(Refusal, match="bias map"):
-        compose(Conv(ones(1, 1, 3), padding=1, pad_value=five), Conv(ones(1, 1, 1), pad_value=five))
+    merged = compose(Conv(ones(1, 1, 3), padding=1, pad_value=five), Conv(2 * ones(1, 1, 1), pad_value=five))
+    assert isinstance(merged, Conv) and merged.pad_value is not None and merged.pad_value.item() == 2.5
     second, first = Conv(integers(1, 1, 1, 3), padding=1), Conv(integers(2, 1, 1, 1), padding_mode="reflect")
     for n in range(1, 6):
         assert_equal_in_two_steps(second @ first, second, first, 1, (n,))
 
 
-def test_a_batch_norm_before_a_padded_convolution_needs_a_bias_map() -> None:
-    norm = BatchNorm(integers(1, 2, low=1), 3.75 * ones(2), integers(2, 2), integers(3, 2), 0.25, 2)
+def test_a_batch_norm_before_a_padded_convolution_pads_with_what_becomes_zero_or_needs_a_bias_map() -> None:
+    norm = BatchNorm(integers(1, 2, low=1), 3.75 * ones(2), integers(2, 2, low=1), integers(3, 2), 0.25, 2)
     second = three_by_three(4, bias=True)
-    with pytest.raises(Refusal, match="bias map"):
-        second @ norm
     for size in SIZES[2]:
         assert_equal_in_two_steps(compose(second, norm, size), second, norm, 2, size)
+        found, expected = (
+            f(probe(2, size)) for f in ((second @ norm).evaluate, lambda x: second.evaluate(norm.evaluate(x)))
+        )
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-9)  # the pad value is a quotient
 
 
 def test_circular_after_circular_is_exact_at_a_size_and_refused_without() -> None:
@@ -776,10 +827,26 @@ def test_a_transposed_layer_takes_in_pointwise_layers_only() -> None:
         up @ wide
 
 
-def test_a_bias_before_a_transposed_layer_needs_a_size() -> None:
-    up = Conv(ones(2, 2, 3, 3), stride=2, transposed=True)
-    with pytest.raises(Refusal, match="reaches the border and the gaps of transposed conv 3x3 2->2 /2 unevenly"):
-        up @ pointwise(1)
+def test_a_bias_before_a_transposed_layer_needs_ones_or_a_size() -> None:
+    up = Conv(integers(1, 2, 2, 3, 3), integers(2, 2), stride=2, transposed=True)
+    merged = up @ pointwise(1)
+    assert isinstance(merged, Conv) and merged.ones is not None and merged.size is None
+    for size in SIZES[2]:
+        assert_equal_in_two_steps(merged, up, pointwise(1), 2, size)
+    grouped = Conv(integers(1, 4, 1, 3, 3), stride=2, groups=4, transposed=True)
+    with pytest.raises(
+        Refusal, match="reaches the border and the gaps of transposed conv 3x3 4->4 /2 groups=4 unevenly"
+    ):
+        grouped @ Conv(integers(1, 4, 2, 1, 1), integers(2, 4), groups=2)
+
+
+def test_branches_that_pad_with_different_constants_are_one_with_ones() -> None:
+    a, b = three_by_three(1, bias=True), three_by_three(2, pad_value=integers(3, 2))
+    merged = a + b
+    assert isinstance(merged, Conv) and merged.ones is not None
+    for size in SIZES[2]:
+        x = probe(2, size)
+        assert torch.equal(merged.evaluate(x), a.evaluate(x) + b.evaluate(x))
 
 
 @pytest.mark.parametrize(
@@ -789,7 +856,16 @@ def test_a_bias_before_a_transposed_layer_needs_a_size() -> None:
         (Conv(ones(2, 2, 1, 1), transposed=True), pointwise(1), "a convolution and a transposed convolution"),
         (three_by_three(1), three_by_three(1, 0), "have different output sizes"),
         (three_by_three(1), three_by_three(1, padding_mode="reflect"), "padding modes differ: zeros and reflect"),
-        (three_by_three(1), three_by_three(1, pad_value=ones(2)), "pad with different constants"),
+        (
+            Conv(ones(2, 1, 3, 3), padding=1, groups=2),
+            Conv(ones(2, 1, 3, 3), padding=1, groups=2, pad_value=ones(2)),
+            "pad with different constants",
+        ),
+        (
+            Conv(ones(2, 1, 3, 3), padding=1, groups=2, padding_mode="reflect"),
+            Conv(ones(2, 2, 3, 3), padding=1, ones=ones(2, 3, 3)),
+            "padding modes differ",
+        ),
         (Conv(ones(4, 2, 1, 1)), Conv(ones(1, 2, 1, 1)), "conv 1x1 2->4 and conv 1x1 2->1 make different channels"),
         (
             Conv(ones(2, 2, 2, 2), transposed=True),
@@ -863,7 +939,11 @@ def test_a_map_that_holds_at_one_size_is_refused_after_a_free_one() -> None:
         (lambda: Conv(ones(1, 1, 1), stride=0), r"stride \(0,\) or dilation \(1,\) is below 1"),
         (lambda: Conv(ones(1, 1, 1), dilation=0), r"stride \(1,\) or dilation \(0,\) is below 1"),
         (lambda: Conv(ones(1, 1, 0)), r"kernel \(0,\), .* is below 1"),
-        (lambda: Conv(ones(1, 1, 1), padding=((-1, 0),)), r"padding \(\(-1, 0\),\) or .* is negative"),
+        (lambda: Conv(ones(1, 1, 1), padding=-1, transposed=True), r"padding \(\(-1, -1\),\) of a trans.* is negative"),
+        (lambda: Conv(ones(2, 1, 3), ones=ones(2, 2)), r"ones \[2, 2\] must be \[out, \*kernel\]"),
+        (lambda: Conv(ones(2, 1, 3), ones=ones(2, 3), groups=2), "a channel of ones needs one group"),
+        (lambda: Conv(ones(2, 1, 3), ones=ones(2, 3), padding_mode="circular"), "a channel of ones needs one group"),
+        (lambda: Conv(ones(2, 1, 3)).with_ones(), "there is no channel of ones"),
         (lambda: Conv(ones(1, 1, 1), transposed=True, output_padding=-1), r"output padding \(-1,\) is negative"),
         (lambda: Conv(ones(1, 1, 1), output_padding=1), "only a transposed convolution has an output padding"),
         (

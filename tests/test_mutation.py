@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rgc
-from rgc import BatchNorm, Conv, Scale, Value, algebra, emit, engine, functions, lift, modules, region, rewrite
+from rgc import BatchNorm, Conv, Scale, Value, algebra, emit, engine, functions, kernels, lift, modules, region, rewrite
+from rgc.axis import Axis
+from rgc.kernels import Kernel
 from rgc.operators import AvgPool
 from rgc.rewrite import Case, Match
 from rgc.testing import randomize
@@ -216,7 +218,12 @@ BN_THEN_PADDED = chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))
 
 def in_kernel(change: Callable[[Tensor], Tensor]) -> Callable[[Planter], None]:
     """A fault in the weight of two merged convolutions."""
-    return lambda p: p.replace(algebra, "_compose_kernels", lambda original, *args: change(original(*args)))
+
+    def faulty(original: Any, *args: Any) -> Kernel:
+        right = original(*args)
+        return Kernel(change(right.weight), right.groups)
+
+    return lambda p: p.replace(algebra, "compose_kernels", faulty)
 
 
 def in_geometry(**change: Callable[[Conv, Conv, Conv], Any]) -> Callable[[Planter], None]:
@@ -279,34 +286,38 @@ def variance_for_deviation(bn: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def wrong_axis_of_a_transposed_convolution(p: Planter) -> None:
-    p.replace(algebra, "_untransposed", lambda original, conv: Conv(conv.weight, groups=conv.groups))
-    p.replace(algebra, "_retransposed", lambda original, weight, groups: weight)
+    p.replace(algebra, "transpose_kernel", lambda original, kernel: kernel)
 
 
 def groups_ignored(p: Planter) -> None:
-    def tiled(original: Any, conv: Conv, groups: int) -> Conv:
-        ratio = conv.groups // groups
-        return replace(conv, weight=conv.weight.repeat(1, ratio, *[1] * conv.spatial), groups=groups)
+    def tiled(original: Any, kernel: Kernel, groups: int) -> Kernel:
+        ratio = kernel.groups // groups
+        return Kernel(kernel.weight.repeat(1, ratio, *[1] * len(kernel.extent)), groups)
 
-    p.replace(algebra, "regrouped", tiled)
+    p.replace(kernels, "regroup", tiled)
 
 
 def kernels_misaligned(p: Planter) -> None:
-    def shifted(original: Any, a: Conv, b: Conv, axis: int) -> Any:
-        right = original(a, b, axis)
-        first, second = right.place
-        return replace(right, place=(first, slice(second.start - 1, second.stop - 1, second.step)))
+    def shifted(original: Any, a: Axis, b: Axis) -> Any:
+        right = original(a, b)
+        first, second = right.places
+        return replace(right, places=(first, slice(second.start - 1, second.stop - 1, second.step)))
 
-    p.replace(algebra, "_align", shifted)
+    p.replace(algebra, "align_axes", shifted)
 
 
 def identity_in_the_middle_of_an_even_kernel(p: Planter) -> None:
-    def centred(original: Any, a: Conv, b: Conv, axis: int) -> Any:
-        right = original(a, b, axis)
-        middle = right.taps // 2
-        return replace(right, place=(right.place[0], slice(middle, middle + 1, 1)))
+    def centred(original: Any, a: Axis, b: Axis) -> Any:
+        right = original(a, b)
+        middle = right.axis.kernel // 2
+        return replace(right, places=(right.places[0], slice(middle, middle + 1, 1)))
 
-    p.replace(algebra, "_align", centred)
+    p.replace(algebra, "align_axes", centred)
+
+
+def ones_doubled(original: Any, second: Conv, first: Conv, with_bias: bool = False) -> Tensor | None:
+    ones: Tensor | None = original(second, first, with_bias=with_bias)
+    return None if ones is None else 2 * ones
 
 
 def identity_of_ones(p: Planter) -> None:
@@ -491,7 +502,7 @@ MUTANTS = [
     Mutant("kernel rounded to single precision", in_kernel(lambda w: w.float().double()), POINTWISE_THEN_PADDED),
     Mutant(
         "second before first",
-        lambda p: p.replace(algebra, "_compose_kernels", lambda original, a, b, i, o: original(b, a, o, i)),
+        lambda p: p.replace(algebra, "compose_kernels", lambda original, a, b, i, o: original(b, a, o, i)),
         chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)),
     ),
     Mutant(
@@ -561,6 +572,21 @@ MUTANTS = [
         BIASED_THEN_PADDED,
         passes="all,-collapse",
     ),
+    Mutant(
+        "channel of ones without the bias",
+        lambda p: p.replace(algebra, "_pushed_ones", lambda original, a, b, with_bias=False: original(a, b)),
+        BIASED_THEN_PADDED,
+    ),
+    Mutant(
+        "channel of ones doubled",
+        lambda p: p.replace(algebra, "_pushed_ones", ones_doubled),
+        BIASED_THEN_PADDED,
+    ),
+    Mutant(
+        "pad value of the wrong sign",
+        lambda p: p.replace(algebra, "_value_that_becomes", lambda original, wanted, first: -original(wanted, first)),
+        BN_THEN_PADDED,
+    ),
     # sums
     Mutant("sum misaligned by one", kernels_misaligned, SQUARE_AND_POINTWISE),
     Mutant(
@@ -583,7 +609,7 @@ MUTANTS = [
     ),
     Mutant(
         "padding modes mixed",
-        lambda p: p.replace(algebra, "_common_padding", always(("zeros", None))),
+        lambda p: p.replace(algebra, "_padded_alike", lambda original, a, b: (a, replace(b, padding_mode="zeros"))),
         together(add, nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
     ),
     Mutant(
@@ -697,7 +723,7 @@ MUTANTS = [
     # engine
     Mutant(
         "replacement reads the wrong value",
-        lambda p: p.replace(engine, "_build", lambda original, r, c, m: m.root.inputs[0]),
+        lambda p: p.replace(engine, "build", lambda original, r, c, m: m.root.inputs[0]),
         chain(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
         passes="fold_batchnorm",
     ),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rgc.algebra import Conv, Linear, Scale
-from rgc.errors import GraphError, Refusal
+from rgc.errors import Refusal
 from rgc.ir import Graph, Input, Origin, TensorType, Value
 from rgc.operators import Activation, Add, AvgPool, Concat, Constant, Identity, Multiply, Slot, Structural
 from rgc.region import LONGEST_WALK, Join, Region, affine_regions, join_at, order_of
@@ -272,14 +272,15 @@ def test_a_region_may_start_with_an_operator_of_any_channels(first: Linear) -> N
     assert_is_the_graph(region, region.as_linear(None))
 
 
-def test_a_linearised_inverted_residual_is_one_operator_at_a_fixed_size() -> None:
+def test_a_linearised_inverted_residual_is_one_operator() -> None:
     x = source()
     depthwise = Conv(integers(1, 6, 1, 3, 3), integers(2, 6), padding=1, groups=6)
     body = conv(5, reads=6)(depthwise(conv(3, makes=6)(x)))
     join = joined(Add()(body, x), x)
     assert join is not None
-    with pytest.raises(Refusal, match="bias map at a fixed size"):
-        join.as_linear(None)
+    anywhere = join.as_linear(None)
+    assert isinstance(anywhere, Conv) and anywhere.kernel == (3, 3) and anywhere.ones is not None
+    assert_is_the_graph(join, anywhere)
     linear = join.as_linear((5, 6))
     assert isinstance(linear, Conv) and linear.kernel == (3, 3) and linear.size == (5, 6)
     assert_is_the_graph(join, linear)
@@ -306,24 +307,32 @@ def test_a_concatenation_along_another_axis_than_the_channels_is_refused() -> No
         join.as_linear(None)
 
 
-def test_a_sum_that_broadcasts_is_refused() -> None:
+def test_a_sum_of_other_channels_is_refused_where_none_is_repeated() -> None:
     x = source()
-    join = joined(Add()(conv(1)(x), conv(3, makes=1)(x)), x)
+    total = Value(Add(), (conv(1, makes=4)(x), conv(3, makes=3)(x)), x.type)
+    join = joined(total, x)
     assert join is not None
     with pytest.raises(Refusal, match="make different channels, so their sum broadcasts"):
         join.as_linear(None)
 
 
-def test_a_region_that_fits_any_axes_is_refused() -> None:
+def test_a_channel_that_is_repeated_by_a_sum_is_one_operator_with_the_rest() -> None:
+    x = source()
+    join = joined(Add(-1)(conv(1)(x), conv(3, makes=1)(x)), x)
+    assert join is not None
+    assert_is_the_graph(join, join.as_linear(None))
+
+
+def test_a_region_that_fits_any_axes_is_a_factor() -> None:
     x = source()
     join = joined(Add()(Identity()(x), x), x)
     assert join is not None
-    with pytest.raises(Refusal, match="nothing in the region says on which axes it acts"):
-        join.as_linear(None)
+    twice = join.as_linear(None)
+    assert isinstance(twice, Scale) and twice.scale.tolist() == [2] and twice.spatial is None
 
 
-def test_a_concatenation_of_nothing_is_an_error() -> None:
+def test_a_concatenation_of_nothing_is_refused() -> None:
     x = source()
     empty = Value(Concat(-3), (), None, Origin(("neck.cat",)))
-    with pytest.raises(GraphError, match="neck.cat: a concatenation of nothing"):
+    with pytest.raises(Refusal, match="neck.cat concatenates what no layer has read"):
         Region(x, (conv(1)(x), empty)).as_linear(None)

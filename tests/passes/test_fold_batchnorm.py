@@ -36,9 +36,21 @@ def test_before_a_convolution_that_pads_nothing(groups: int, compiled: Any) -> N
     assert compiled(model, 2, 4, 8, 8, passes="fold_batchnorm").ops_after == {"Conv2d": 1}
 
 
-def test_before_a_padded_convolution_only_with_a_bias_map(compiled: Any, reasons: Any) -> None:
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1))
-    report = compiled(model, 2, 4, 8, 8, passes="fold_batchnorm")
+def test_before_a_padded_convolution_with_another_pad_value_or_a_bias_map(compiled: Any) -> None:
+    for passes in ("fold_batchnorm", "all,-collapse"):  # the input is smaller than the output
+        report = compiled(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1)), 2, 4, 8, 8, passes=passes)
+        assert report.ops_after == {"sub": 1, "Conv2d": 1} and not report.fixed_size
+    strided = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, stride=2, padding=1))
+    report = compiled(strided, 2, 4, 8, 8, passes="all,-collapse")
+    assert report.ops_after == {"Conv2d": 1, "add": 1} and report.fixed_size
+
+
+def test_before_a_padded_convolution_a_gamma_of_zero_is_refused(compiled: Any, reasons: Any) -> None:
+    norm = nn.BatchNorm2d(4)
+    nn.init.constant_(norm.weight, 0.0)
+    nn.init.ones_(norm.bias)
+    model = nn.Sequential(norm, nn.Conv2d(4, 4, 3, padding=1, groups=4))
+    report = compiled(model.eval(), 2, 4, 8, 8, passes="fold_batchnorm", random=False)
     assert report.rewrites == [] and "bias map at a fixed size" in reasons(report, "fold_batchnorm")
 
 

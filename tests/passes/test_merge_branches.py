@@ -56,10 +56,40 @@ def test_branches_that_others_read_stay(calls: Any, compiled: Any, reasons: Any)
     assert report.ops_after["Conv2d"] == 2 and "is also used elsewhere" in reasons(report, "merge_branches")
 
 
+def test_one_channel_that_the_sum_repeats_is_merged(calls: Any, compiled: Any) -> None:
+    parts = {"a": nn.Conv2d(4, 6, 3, padding=1), "b": nn.Conv2d(4, 1, 1)}
+    assert compiled(calls(lambda x, a, b: torch.relu(a(x) - b(x)), **parts), 2, 4, 5, 6).ops_after == {
+        "Conv2d": 1, "ReLU": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["aybc", "yabc", "abyc", "abcy", "cyab"])
+def test_addends_of_one_source_are_found_anywhere_in_a_sum(order: str, calls: Any, compiled: Any) -> None:
+    def summed(x: Any, a: Any, b: Any, c: Any) -> Any:
+        terms = {"a": a(x), "b": -b(x), "c": c(x), "y": torch.tanh(x)}
+        first, *others = (terms[letter] for letter in order)
+        for other in others:
+            first = first - other
+        return torch.relu(first)
+
+    parts = {"a": nn.Conv2d(4, 4, 3, padding=1), "b": nn.Conv2d(4, 4, 1), "c": nn.Sequential(nn.Conv2d(4, 4, 1))}
+    report = compiled(calls(summed, **parts), 2, 4, 5, 6)
+    assert report.ops_after["Conv2d"] == 1 and report.ops_after.total() == 4
+
+
+def test_branches_of_two_sources_are_merged_apart(calls: Any, compiled: Any) -> None:
+    def summed(x: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        y = torch.tanh(x)
+        return torch.relu(a(x) + c(y) + (b(x) - d(y)))
+
+    parts = {name: nn.Conv2d(4, 4, 3 if name in "ac" else 1, padding=int(name in "ac")) for name in "abcd"}
+    report = compiled(calls(summed, **parts), 2, 4, 5, 6)
+    assert report.ops_after == {"Conv2d": 2, "add": 1, "ReLU": 1, "Tanh": 1}
+
+
 @pytest.mark.parametrize(
     ("a", "b", "reason"),
     [
-        (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 1, 1), "broadcasts"),
         (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, stride=5), "strides differ"),
         (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding modes differ"),
     ],

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 import sympy as sp
-import torch
 
-from rgc.algebra import Conv, _align, _linear_part, _reach, _Ring
+from rgc.algebra import Conv
+from rgc.axis import Axis, align_axes, compose_axes, ring
 
 # A number below another is written with its slack: 0 <= r < s becomes s = r + 1 + slack, slack >= 0. What sympy then
 # derives from the signs of the symbols holds for every number.
@@ -21,14 +21,8 @@ o, j1, j2 = sp.symbols("o j1 j2", integer=True, nonnegative=True)  # output posi
 r, v, f, i, m, slack1, slack2 = sp.symbols("r v f i m slack1 slack2", integer=True, nonnegative=True)
 
 
-def symbolic(k: Any, s: Any, d: Any, b: Any, a: Any, transposed: bool = False, extra: Any = 0) -> Conv:
-    """As much of a convolution of one axis as its shape formulas read, with symbols for numbers."""
-    shape = {"kernel": (k,), "stride": (s,), "dilation": (d,), "padding": ((b, a),), "output_padding": (extra,)}
-    return cast(Conv, SimpleNamespace(**shape, transposed=transposed))
-
-
-FIRST = symbolic(k1, s1, d1, b1, a1)
-SECOND = symbolic(k2, s2, d2, b2, a2)
+FIRST = Axis(k1, s1, d1, b1, a1)  # type: ignore[arg-type]  # symbols for numbers
+SECOND = Axis(k2, s2, d2, b2, a2)  # type: ignore[arg-type]
 #: Extent minus one, padding of the composition: rgc.algebra, "Composition".
 EXTENT = d1 * (k1 - 1) + s1 * d2 * (k2 - 1)
 PADDING = (b1 + s1 * b2, a1 + s1 * a2)
@@ -55,10 +49,10 @@ def test_a_floor_of_a_floor_is_one_floor() -> None:
 
 def test_the_output_size_of_a_composition_is_the_composed_output_size() -> None:
     bounded = {s1: r + 1 + slack1, s2: v + 1 + slack2}
-    composed = symbolic(EXTENT + 1, s1 * s2, 1, *PADDING)
-    (between,) = Conv.output_size(FIRST, (n,))
-    (last,) = Conv.output_size(SECOND, (q + 1,))
-    (at_once,) = Conv.output_size(composed, (n,))
+    composed = Axis(EXTENT + 1, s1 * s2, 1, *PADDING)
+    between = FIRST.output_size(n)
+    last = SECOND.output_size(q + 1)
+    at_once = composed.output_size(n)
     inner, outer, whole = (_floored(size) for size in (between, last, at_once))
     euclid = sp.solve([sp.Eq(inner * s1, s1 * q + r), sp.Eq(outer * s2, s2 * u + v)], [n, q], dict=True)[0]
     divided = {n: euclid[n].subs(q, euclid[q]), q: euclid[q]}
@@ -99,21 +93,22 @@ def test_a_common_divisor_of_the_steps_divides_every_composed_offset() -> None:
 @pytest.mark.parametrize("axis", list(itertools.product((1, 2, 3), (1, 2), (1, 2), (0, 2), (1, 3), (1, 3), (2,), (1,))))
 def test_the_compiler_uses_these_formulas(axis: tuple[int, ...]) -> None:
     kernel1, stride1, dilation1, pad1, kernel2, stride2, dilation2, pad2 = axis
-    first = Conv(torch.ones(1, 1, kernel1), None, stride1, ((pad1, 1),), dilation1)
-    second = Conv(torch.ones(1, 1, kernel2), None, stride2, ((0, pad2),), dilation2)
+    first = Axis(kernel1, stride1, dilation1, pad1, 1)
+    second = Axis(kernel2, stride2, dilation2, 0, pad2)
     numbers = {
         k1: kernel1, s1: stride1, d1: dilation1, b1: pad1, a1: 1,
         k2: kernel2, s2: stride2, d2: dilation2, b2: 0, a2: pad2,
     }  # fmt: skip
-    merged = _linear_part(second, first)
-    assert merged.dilation[0] * (merged.kernel[0] - 1) == EXTENT.subs(numbers)
-    assert merged.padding[0] == tuple(side.subs(numbers) for side in PADDING)
-    assert merged.stride[0] == stride1 * stride2
+    merged = compose_axes(second, first).axis
+    assert merged.dilation * (merged.kernel - 1) == EXTENT.subs(numbers)
+    assert (merged.before, merged.after) == tuple(side.subs(numbers) for side in PADDING)
+    assert merged.stride == stride1 * stride2
 
 
 def test_a_transposed_convolution_ends_after_its_last_written_element() -> None:
     extra = sp.Symbol("extra", integer=True, nonnegative=True)
-    (size,) = Conv.output_size(symbolic(k1, s1, d1, b1, a1, transposed=True, extra=extra), (n,))
+    shape = SimpleNamespace(axes=(FIRST,), output_padding=(extra,), transposed=True)
+    (size,) = Conv.output_size(cast(Conv, shape), (n,))
     written = (n - 1) * s1 + (k1 - 1) * d1 - b1  # the last input element through the last tap
     assert sp.expand(size - (written + 1 - a1 + extra)) == 0
 
@@ -122,8 +117,8 @@ def test_a_transposed_convolution_ends_after_its_last_written_element() -> None:
 
 
 def test_branches_of_equal_reach_have_equal_output_sizes() -> None:
-    reach = _reach(FIRST)[0]
-    (size,) = Conv.output_size(FIRST, (n,))
+    reach = FIRST.reach
+    size = FIRST.output_size(n)
     assert sp.simplify(size - (sp.floor((n + reach) / s1) + 1)) == 0  # the size depends on n, stride and reach alone
 
 
@@ -131,24 +126,26 @@ def test_the_aligned_kernel_keeps_the_reach_and_never_crops() -> None:
     lower, upper = sp.symbols("lower upper", integer=True, nonnegative=True)
     first = -b1 - lower  # the earliest offset of both kernels, at or before that of this one
     last = d1 * (k1 - 1) - b1 + upper  # the latest, at or after that of this one
-    behind = _reach(FIRST)[0] + 1 + last
-    aligned = symbolic(1 + (last - first), s1, 1, -first, behind)
-    assert sp.expand(_reach(aligned)[0] - _reach(FIRST)[0]) == 0
+    behind = FIRST.reach + 1 + last
+    aligned = Axis(1 + (last - first), s1, 1, -first, behind)
+    assert sp.expand(aligned.reach - FIRST.reach) == 0
     assert sp.expand(behind - a1).is_nonnegative
     assert sp.expand(-first - b1).is_nonnegative
     tap = o * s1 + j1 * d1 - b1  # where this branch reads, and where the aligned kernel has put the tap
     assert sp.expand(tap - (o * s1 + (j1 * d1 - b1 - first) + first)) == 0
 
 
-@pytest.mark.parametrize(("k", "d", "b", "a"), [(1, 1, 0, 0), (3, 2, 2, 2), (2, 3, 1, 2), (4, 1, 0, 3), (5, 1, 3, 1)])
+@pytest.mark.parametrize(
+    ("k", "d", "b", "a"),
+    [(1, 1, 0, 0), (3, 2, 2, 2), (2, 3, 1, 2), (4, 1, 0, 3), (5, 1, 3, 1), (1, 1, -1, 1), (2, 1, -1, 2)],
+)
 def test_the_compiler_aligns_by_offset(k: int, d: int, b: int, a: int) -> None:
-    wide = Conv(torch.ones(1, 1, 3), padding=1)
-    other = Conv(torch.ones(1, 1, k), dilation=d, padding=((b, a),))
-    aligned = _align(wide, other, 0)
-    for place, own in zip(aligned.place, (wide, other), strict=True):
-        taps = range(aligned.taps)[place]
-        offsets = [tap * aligned.dilation - aligned.padding[0] for tap in taps]
-        assert offsets == [tap * own.dilation[0] - own.padding[0][0] for tap in range(own.kernel[0])]
+    wide, other = Axis(3, 1, 1, 1, 1), Axis(k, 1, d, b, a)
+    aligned = align_axes(wide, other)
+    common = aligned.axis
+    for place, own in zip(aligned.places, (wide, other), strict=True):
+        offsets = [tap * common.dilation - common.before for tap in range(common.kernel)[place]]
+        assert offsets == [tap * own.dilation - own.before for tap in range(own.kernel)]
 
 
 # --- the border at any size ----------------------------------------------------------------------------------------
@@ -186,7 +183,7 @@ def test_the_trailing_ring_does_harm_at_some_size_where_it_does_reach() -> None:
 
 def _beyond_the_end() -> Any:
     """How far tap j1 of the window at f >= 0 behind the output of the first lies behind the input: 0 is just behind."""
-    (size,) = Conv.output_size(FIRST, (n,))
+    size = FIRST.output_size(n)
     length = sp.solve(sp.Eq(_floored(size) * s1, s1 * q + r), n)[0]  # so the output has q + 1 elements
     return sp.expand((q + 1 + f) * s1 + j1 * d1 - b1 - length)
 
@@ -194,7 +191,7 @@ def _beyond_the_end() -> Any:
 def test_the_second_reads_the_first_element_behind_the_output_at_some_size() -> None:
     """Where it pads behind at all: at the sizes m = o s2 + d2 (k2 - 1) - b2 its last tap stands there."""
     between = o * s2 + d2 * (k2 - 1) - b2
-    (count,) = Conv.output_size(SECOND, (between,))
+    count = SECOND.output_size(between)
     windows = count.subs(a2, 1 + m)
     assert sp.simplify(windows - (o + 1 + sp.floor(m / s2))) == 0
     assert sp.floor(m / s2).is_nonnegative  # so the window o exists
@@ -205,10 +202,10 @@ def test_the_second_reads_the_first_element_behind_the_output_at_some_size() -> 
 @pytest.mark.parametrize("padding", [1, 2, 3, 4])
 def test_the_compiler_looks_at_the_nearest_position_that_is_read(second: tuple[int, int, int], padding: int) -> None:
     kernel2, stride2, dilation2 = second
-    outer = Conv(torch.ones(1, 1, kernel2), None, stride2, ((padding, 0),), dilation2)
+    outer = Axis(kernel2, stride2, dilation2, padding, 0)
     reads = {out * stride2 + tap * dilation2 - padding for out in range(20) for tap in range(kernel2)}
     nearest = min((-position for position in reads if position < 0), default=None)
-    for kernel1, stride1, dilation1, before in itertools.product((1, 2, 3, 5), (1, 2), (1, 2), (0, 1, 2)):
-        first = Conv(torch.ones(1, 1, kernel1), None, stride1, ((before, 9),), dilation1)
+    for kernel1, stride1, dilation1, before in itertools.product((1, 2, 3, 5), (1, 2), (1, 2), (-1, 0, 1, 2)):
+        first = Axis(kernel1, stride1, dilation1, before, 9)
         reaches = nearest is not None and dilation1 * (kernel1 - 1) >= nearest * stride1 + before
-        assert (_Ring.of(first, outer, 0, None).touched == "leading") == reaches
+        assert (ring(outer, first, None).touched == "leading") == reaches
