@@ -149,7 +149,7 @@ class TestNextViT:
         becomes(attention, (2, 16, 8), {"Linear": 4, **views}, any_size=False)
 
     def test_a_transformer_block_keeps_no_norm(self, becomes: Any) -> None:
-        block = nextvit.NextTransformerBlock(16, 64, 0.0, head_dim=16, mlp_ratio=0.5)
+        block = nextvit.NextTransformerBlock(16, 64, 0.0, head_dim=16, mlp_ratio=0.5, mix_block_ratio=0.5)
         views = {"permute": 1, "transpose": 5, "scaled_dot_product_attention": 1, "cat": 1}
         convs = {"Conv2d": 1 + 1 + 2 + 2, "Linear": 4, "ReLU": 2, "add": 3}
         compiled = becomes(block, (2, 16, 4, 4), {**convs, **views}, any_size=False)
