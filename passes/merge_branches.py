@@ -6,16 +6,32 @@ The whole region between the source and the meeting point is taken at once, so a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from rgc import Join, Value, rewrite
+from rgc import Conv, Gather, Join, Linear, Scale, Value, regroup_by_sparsity, rewrite
+
+#: Weights in which zeros are looked for, which means that they are computed before the cost is weighed.
+MOST_WEIGHTS = 2**22
 
 
 @rewrite(lambda x, branches: branches(x))
 def merge_branches(x: Value, branches: Join) -> Value:
     size = None if branches.spatial is None else x.tensor_type.size(branches.spatial)
-    return branches.as_linear(size)(x)
+    linear = branches.as_linear(size)
+    if isinstance(linear, Scale) and linear.is_identity:
+        return x
+    return _in_groups(linear, branches)(x)
+
+
+def _in_groups(linear: Linear, branches: Join) -> Linear:
+    """Branches of some of the channels leave zeros in the merged weight, and those are groups."""
+    selects = any(isinstance(value.op, Gather) for value in branches.values)
+    if not selects or not isinstance(linear, Conv) or linear.groups > 1 or math.prod(linear.shape) > MOST_WEIGHTS:
+        return linear
+    return regroup_by_sparsity(linear)
 
 
 class _Branches(nn.Module):

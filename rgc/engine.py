@@ -20,6 +20,7 @@ from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.proof import check_firing
+from rgc.ranges import Interval, range_of
 from rgc.region import affine_regions, join_at, partial_joins_at
 from rgc.report import Failure, Firing, Refused
 from rgc.rewrite import Case, GraphPass, Match, Pass, Rewrite, observed, unread_geometry
@@ -173,13 +174,16 @@ class _Worklist:
         dying = _dying(self.graph, match)
         self._require_gain(dying, added, match)
         sources = [value for value in match.values.values() if value not in match.interior]
-        error = check_firing(match.target, replacement, sources)
+        ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
+        error = check_firing(match.target, replacement, sources, ranges=ranges)
         self.uses.update(id(value.op) for value in added)
         self.uses.subtract(id(value.op) for value in dying)
         origin = _merged_origin(match)
         self._replace(match, new, added, origin)
-        kind, labels = _evidence_class(match, added, error), tuple(value.op.label for value in added)
-        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths))
+        kind = "range-conditional" if case.relies_on_range else _evidence_class(match, added, error)
+        labels = tuple(value.op.label for value in added)
+        condition = _condition(ranges)
+        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths, condition))
 
     def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
         kept = next((value for value in match.interior if value not in dying), None)
@@ -274,6 +278,10 @@ def _merged_origin(match: Match) -> Origin:
     for value in reversed(match.interior):
         origin = origin | value.origin
     return origin
+
+
+def _condition(ranges: dict[Value, Interval]) -> str:
+    return "; ".join(f"{value.where} in {interval}" for value, interval in ranges.items() if not interval.is_unbounded)
 
 
 def _evidence_class(match: Match, added: list[Value], error: float) -> str:

@@ -19,6 +19,8 @@ from rgc.algebra import Conv, Linear, Scale, Size, add, compose, unit
 from rgc.errors import Refusal, require
 from rgc.ir import Graph, Operator, TensorType, Value, evaluate_value, topological
 from rgc.operators import Add, Concat, Constant
+from rgc.rearrange import Gather, Listed, selecting
+from rgc.sparsity import block_diagonal, on_one_grid
 
 _MINUS = Scale(-torch.ones(1), torch.zeros(1))
 
@@ -60,11 +62,11 @@ class Region(Operator):
         """The region as one linear operator, or a refusal that names the value in the way."""
         channels = self._channels
         start = unit() if channels is None else Scale(torch.ones(channels), torch.zeros(channels), self.spatial)
-        maps: dict[Value, Linear] = {self.source: start}
+        maps = {self.source: _Image(start, None)}
         for value in self.values:
             if not isinstance(value.op, Constant):
                 maps[value] = _image(value, [maps.get(used) for used in value.inputs], size, channels)
-        return maps[self.sink]
+        return _of_all_channels(maps[self.sink], size, channels)
 
     @property
     def spatial(self) -> int | None:
@@ -222,40 +224,106 @@ def _between(source: Value | None, sink: Value, order: dict[Value, int]) -> Regi
     return Region(source, tuple(sorted(seen, key=order.__getitem__)))
 
 
-def _image(value: Value, images: list[Linear | None], size: Size | None, channels: int | None) -> Linear:
+@dataclass(frozen=True)
+class _Image:
+    """A value of a region: a linear operator of the source's channels ``read``, in that order; None for all."""
+
+    op: Linear
+    read: tuple[int, ...] | None
+
+    @property
+    def is_selection(self) -> bool:
+        """Does it only select channels?"""
+        return isinstance(self.op, Scale) and self.op.is_identity
+
+
+def _identity(channels: int, axes: int) -> Scale:
+    return Scale(torch.ones(channels), torch.zeros(channels), axes)
+
+
+def _image(value: Value, images: list[_Image | None], size: Size | None, channels: int | None) -> _Image:
     known = [image for image in images if image is not None]
     if len(known) < len(images):
         raise Refusal(f"{value.where} mixes in a constant")
     if isinstance(value.op, Linear):
-        return compose(value.op, known[0], size)
+        (image,) = known
+        selected = _selected(value.op, image, channels)
+        return selected or _Image(compose(value.op, image.op, size), image.read)
     if isinstance(value.op, Add):
-        left, right = (_broadcast(image, value, channels) for image in known)
-        return add(left, right if value.op.sign == 1 else compose(_MINUS, right, size), size)
+        left, right = _of_same_channels([_broadcast(image, value) for image in known], size, channels)
+        other = right.op if value.op.sign == 1 else compose(_MINUS, right.op, size)
+        return _Image(add(left.op, other, size), left.read)
     if isinstance(value.op, Concat):
         return _stacked(value, known, size, channels)
     raise Refusal(f"{value.where} ({value.op.label}) is affine but not a convolution")
 
 
-def _broadcast(image: Linear, value: Value, channels: int | None) -> Linear:
+def _selected(op: Linear, image: _Image, channels: int | None) -> _Image | None:
+    """A selection of channels behind another one is a selection of the source's; None for anything else."""
+    if not isinstance(op, Gather) or not image.is_selection or image.op.spatial != op.axes or min(op.index) < 0:
+        return None
+    return _Image(
+        _identity(len(op.index), op.axes), _named(tuple(_reads(image, op.count)[i] for i in op.index), channels)
+    )
+
+
+def _reads(image: _Image, channels: int) -> tuple[int, ...]:
+    return tuple(range(channels)) if image.read is None else image.read
+
+
+def _named(read: tuple[int, ...], channels: int | None) -> tuple[int, ...] | None:
+    """All channels in their order go by the name None."""
+    return None if channels is not None and read == tuple(range(channels)) else read
+
+
+def _of_all_channels(image: _Image, size: Size | None, channels: int | None) -> Linear:
+    """An operator of all the source's channels."""
+    if image.read is None:
+        return image.op
+    assert channels is not None and image.op.spatial is not None  # what has selected some says so
+    if image.is_selection:
+        return Gather(Listed(image.read), channels, image.op.spatial)
+    return compose(image.op, selecting(image.read, channels, image.op.spatial), size)
+
+
+def _of_same_channels(images: list[_Image], size: Size | None, channels: int | None) -> list[_Image]:
+    if len({image.read for image in images}) == 1:
+        return images
+    return [_Image(_of_all_channels(image, size, channels), None) for image in images]
+
+
+def _broadcast(image: _Image, value: Value) -> _Image:
     """One channel that a sum repeats for every channel, as a convolution that repeats it."""
-    if channels is None or image.spatial is None or image.channels is None or image.channels[1] != 1:
+    spatial, own = image.op.spatial, image.op.channels
+    if spatial is None or own is None or own[1] != 1:
         return image
-    wanted = value.tensor_type.shape[-image.spatial - 1]
+    wanted = value.tensor_type.shape[-spatial - 1]
     if wanted == 1:
         return image
-    repeat = torch.ones(wanted, 1, *[1] * image.spatial, dtype=torch.float64)
-    return compose(Conv(repeat), image.as_conv(channels, image.spatial))
+    repeat = torch.ones(wanted, 1, *[1] * spatial, dtype=torch.float64)
+    return _Image(compose(Conv(repeat), image.op.as_conv(own[0], spatial)), image.read)
 
 
-def _stacked(value: Value, images: list[Linear], size: Size | None, channels: int | None) -> Linear:
-    """A concatenation of channels is the sum of the parts, each moved to its own output channels."""
-    spatial = next((image.spatial for image in images if image.spatial is not None), None)
+def _stacked(value: Value, images: list[_Image], size: Size | None, channels: int | None) -> _Image:
+    """A concatenation of channels: selections one after the other, blocks side by side, or a sum of moved parts."""
+    spatial = next((image.op.spatial for image in images if image.op.spatial is not None), None)
     op = value.op
     assert isinstance(op, Concat)
     require(spatial is not None and channels is not None, f"{value.where} concatenates what no layer has read")
     assert spatial is not None and channels is not None
     require(op.axis == -spatial - 1, f"{value.where} concatenates along axis {op.axis}, not along the channels")
-    parts = [image.as_conv(channels, spatial) for image in images]
+    read = tuple(channel for image in images for channel in _reads(image, channels))
+    if all(image.is_selection for image in images):
+        return _Image(_identity(len(read), spatial), _named(read, channels))
+    parts = [image.op.as_conv(len(_reads(image, channels)), spatial) for image in images]
+    if len(set(read)) == len(read) and len(images) > 1 and not any(part.transposed for part in parts):
+        return _Image(block_diagonal(parts, size), _named(read, channels))
+    images = _of_same_channels(images, size, channels)
+    parts = on_one_grid([image.op.as_conv(len(_reads(image, channels)), spatial) for image in images])
+    return _Image(_sum_of_moved(parts, spatial, size), images[0].read)
+
+
+def _sum_of_moved(parts: list[Conv], spatial: int, size: Size | None) -> Linear:
     total = sum(part.out_channels for part in parts)
     result: Linear | None = None
     start = 0
