@@ -135,24 +135,25 @@ PERMUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def permutation_named(name: str, written: Any) -> nn.Module:
+    permutation = PERMUTATIONS[name]
+    module: nn.Module = permutation if isinstance(permutation, nn.Module) else written(permutation)
+    return module
+
+
 class TestPermutations:
     @pytest.mark.parametrize("name", list(PERMUTATIONS))
     def test_a_permutation_between_pointwise_layers_is_not_there(self, becomes: Any, written: Any, name: str) -> None:
-        def forward(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
-            y: Tensor = torch.relu(second(PERMUTATIONS[name](first(x))))
-            return y
-
-        model = written(forward, first=nn.Conv2d(4, 8, 3, padding=1), second=nn.Conv2d(8, 6, 1))
+        permutation = permutation_named(name, written)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), permutation, nn.Conv2d(8, 6, 1), nn.ReLU())
         becomes(model, (2, 4, 7, 9), {"Conv2d": 1, "ReLU": 1})
 
     @pytest.mark.parametrize("name", list(PERMUTATIONS))
     def test_a_permutation_behind_an_activation_goes_into_the_next_layer(
         self, becomes: Any, written: Any, name: str
     ) -> None:
-        def forward(x: Tensor, conv: nn.Module) -> Tensor:
-            return torch.relu(conv(PERMUTATIONS[name](torch.sigmoid(x))))
-
-        model = written(forward, conv=nn.Conv2d(8, 6, 3, padding=1))
+        permutation = permutation_named(name, written)
+        model = nn.Sequential(nn.Sigmoid(), permutation, nn.Conv2d(8, 6, 3, padding=1), nn.ReLU())
         becomes(model, (2, 8, 7, 9), {"Sigmoid": 1, "Conv2d": 1, "ReLU": 1})
 
     def test_a_permutation_before_a_depthwise_convolution_goes_into_the_layers_around(
