@@ -140,12 +140,12 @@ class TestAveragePooling:
         model = nn.Sequential(nn.AvgPool2d(2, count_include_pad=False), nn.Conv2d(4, 8, 1), nn.ReLU())
         becomes(model, (2, 4, 9, 8), {"Conv2d": 1, "ReLU": 1})
 
-    @pytest.mark.parametrize("options", [{"ceil_mode": True}, {"count_include_pad": False}], ids=str)
+    @pytest.mark.parametrize("options", [{"ceil_mode": True}, {"padding": 1, "count_include_pad": False}], ids=str)
     def test_a_norm_and_a_pointwise_layer_pass_a_pooling_of_unequal_windows(
-        self, becomes: Any, options: dict[str, bool]
+        self, becomes: Any, options: dict[str, Any]
     ) -> None:
         """Every window is an average whose weights sum to one, so what acts on channels alone passes it."""
-        pool = nn.AvgPool2d(3, 2, 1, **options)  # type: ignore[arg-type]
+        pool = nn.AvgPool2d(3, 2, **options)
         model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), pool, nn.Conv2d(8, 6, 1), nn.ReLU())
         becomes(model, (2, 4, 9, 8), {"Conv2d": 1, "AvgPool2d": 1, "ReLU": 1})
 
