@@ -198,8 +198,7 @@ def _sums_of_weights(conv: Conv, part: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _has_both_signs(tensor: Tensor) -> bool:
-    lowest, highest = torch.aminmax(tensor)
-    return float(lowest) < 0 < float(highest)
+    return tensor.numel() > 0 and float(tensor.min()) < 0 < float(tensor.max())
 
 
 def _averaged(pool: AvgPool, x: Interval) -> Interval:
