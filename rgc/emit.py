@@ -523,18 +523,25 @@ def _avg_pool(op: AvgPool) -> nn.Module:
     if op.spatial > 1:
         options["divisor_override"] = op.divisor_override
     kind: Any = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[op.spatial]
-    layer: nn.Module = kind(op.window, op.stride, op.padding, **options)
+    layer: nn.Module = kind(*map(_as_written, (op.window, op.stride, op.padding)), **options)
     return layer
 
 
 def _max_pool(op: MaxPool) -> nn.Module:
     kind: Any = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[op.spatial]
-    layer: nn.Module = kind(op.window, op.stride, op.padding, op.dilation, ceil_mode=op.ceil_mode)
+    sizes = map(_as_written, (op.window, op.stride, op.padding, op.dilation))
+    layer: nn.Module = kind(*sizes, ceil_mode=op.ceil_mode)
     return layer
 
 
 def _upsample(op: Upsample) -> nn.Module:
-    return nn.Upsample(op.size, op.scale_factor, op.mode, op.align_corners, op.recompute_scale_factor)
+    size, scale_factor = map(_as_written, (op.size, op.scale_factor))
+    return nn.Upsample(size, scale_factor, op.mode, op.align_corners, op.recompute_scale_factor)
+
+
+def _as_written(sizes: Any) -> Any:
+    """One number where all axes have the same, as people write it."""
+    return sizes[0] if sizes and all(size == sizes[0] for size in sizes) else sizes
 
 
 def _activation_layer(op: Activation, overwrite: bool, parameter: Any) -> nn.Module:

@@ -172,6 +172,8 @@ def _convolved(conv: Conv, x: Interval) -> Interval:
     """
     if x.is_unbounded or isinstance(conv.__dict__["weight"], Deferred):
         return ANY
+    if (math.isinf(x.lower) or math.isinf(x.upper)) and _has_both_signs(conv.weight):
+        return ANY  # the usual case, after a ReLU
     if conv.transposed:
         x = x | ZERO  # each output reads some of the taps
     elif conv.is_padded and conv.padding_mode == "zeros":
@@ -193,6 +195,10 @@ def _sums_of_weights(conv: Conv, part: Callable[[Tensor], Tensor]) -> Tensor:
         return weight.flatten(1).sum(1)
     groups, per_group = conv.groups, weight.shape[1]
     return weight.reshape(groups, weight.shape[0] // groups, per_group, -1).sum((1, 3)).flatten()
+
+
+def _has_both_signs(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and float(tensor.min()) < 0 < float(tensor.max())
 
 
 def _averaged(pool: AvgPool, x: Interval) -> Interval:

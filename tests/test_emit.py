@@ -163,6 +163,12 @@ LAYERS |= {
 }
 
 
+def test_a_pooling_is_written_as_people_write_it() -> None:
+    layers = (nn.MaxPool2d(2), nn.MaxPool2d((3, 2), 1), nn.AvgPool2d(3, 2, 1), nn.Upsample(scale_factor=2.0))
+    compiled = rgc.compile(nn.Sequential(*layers).eval(), X)
+    assert [repr(compiled.get_submodule(str(index))) for index in range(4)] == [repr(layer) for layer in layers]
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer_is_emitted_with_all_its_options(name: str) -> None:
