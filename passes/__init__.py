@@ -4,7 +4,9 @@ from rgc.passes.absorb_residual import absorb_residual
 from rgc.passes.collapse import collapse
 from rgc.passes.distribute_scale import distribute_scale
 from rgc.passes.drop_identity import drop_identity
+from rgc.passes.exchange_max_pool import exchange_max_pool
 from rgc.passes.exchange_pixel_shuffle import exchange_pixel_shuffle
+from rgc.passes.exchange_resampling import exchange_resampling
 from rgc.passes.fold_batchnorm import fold_batchnorm
 from rgc.passes.fold_border import fold_border
 from rgc.passes.fold_scale import fold_scale
@@ -29,6 +31,8 @@ ALL = (
     exchange_pixel_shuffle,
     merge_stage,
     absorb_residual,
+    exchange_max_pool,
+    exchange_resampling,
     merge_branches,
     collapse,
 )

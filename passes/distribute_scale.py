@@ -19,6 +19,7 @@ from rgc import (
     Graph,
     Identity,
     Opaque,
+    Rearrangement,
     Refusal,
     Scale,
     Structural,
@@ -95,7 +96,7 @@ def _readers(
         if isinstance(reader.op, Conv):
             yield reader, _folded(reader, scale, probes[0].dim() - 1 - axis)
             continue
-        moves = isinstance(reader.op, Structural | Identity | AvgPool) and len(reader.inputs) == 1
+        moves = isinstance(reader.op, Structural | Identity | AvgPool | Rearrangement) and len(reader.inputs) == 1
         require(moves and reader.type is not None, f"{reader.where} ({reader.op.label}) reads it, and is not linear")
         yield from _readers(graph, reader, scale, channels, _moved(reader, probes))
 
@@ -106,7 +107,8 @@ def _folded(reader: Value, scale: Scale, axes: int) -> Conv:
     require(conv.spatial == axes, f"{reader.where} ({conv.label}) acts on other axes")
     there = Scale(scale.scale, scale.shift, axes)
     merged = compose(conv, there, reader.inputs[0].tensor_type.size(axes)).as_conv(conv.in_channels, axes)
-    require(merged.bias is None or merged.bias.dim() == 1, f"{reader.where} ({conv.label}) would need a bias map")
+    extra = ", ".join(name for name in merged.extras if name not in conv.extras)
+    require(not extra, f"{reader.where} ({conv.label}) pads, so it would need a correction of its own ({extra})")
     return merged
 
 

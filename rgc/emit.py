@@ -28,9 +28,11 @@ from rgc.operators import (
     Constant,
     Flatten,
     Identity,
+    MaxPool,
     Multiply,
     Slot,
     Unflatten,
+    Upsample,
 )
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 
@@ -61,6 +63,10 @@ def _layer_names(op: Operator) -> list[str]:
             return [f"BatchNorm{max(op.axes, 1)}d"]
         case AvgPool():
             return [f"AvgPool{op.spatial}d"]
+        case MaxPool():
+            return [f"MaxPool{op.spatial}d"]
+        case Upsample():
+            return ["Upsample"]
         case Activation():
             return ["PReLU" if op.weight is not None else getattr(_ACTIVATIONS.get(op.name), "__name__", op.name)]
         case Concat():
@@ -162,6 +168,10 @@ class _Emitter:
                 return self._module(value, lambda: _batch_norm(op, self._cast, self._parameter), inputs[0])
             case AvgPool():
                 return self._module(value, lambda: _avg_pool(op), inputs[0])
+            case MaxPool():
+                return self._module(value, lambda: _max_pool(op), inputs[0])
+            case Upsample():
+                return self._module(value, lambda: _upsample(op), inputs[0])
             case Activation():
                 return self._activation(value, op, inputs[0])
             case Identity():
@@ -235,7 +245,7 @@ class _Emitter:
     def _activation(self, value: Value, op: Activation, x: fx.Node) -> fx.Node:
         make = _ACTIVATIONS.get(op.name)
         if make is None and op.name != "prelu":
-            return self._function(value, getattr(F, op.name), x, **dict(op.options))
+            return self._function(value, op.function, x, **dict(op.options))
         overwrite = op.inplace and self._may_overwrite(value.inputs[0])
         return self._module(value, lambda: _activation_layer(op, overwrite, self._parameter), x, shared=not overwrite)
 
@@ -462,6 +472,16 @@ def _avg_pool(op: AvgPool) -> nn.Module:
     kind: Any = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[op.spatial]
     layer: nn.Module = kind(op.window, op.stride, op.padding, **options)
     return layer
+
+
+def _max_pool(op: MaxPool) -> nn.Module:
+    kind: Any = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[op.spatial]
+    layer: nn.Module = kind(op.window, op.stride, op.padding, op.dilation, ceil_mode=op.ceil_mode)
+    return layer
+
+
+def _upsample(op: Upsample) -> nn.Module:
+    return nn.Upsample(op.size, op.scale_factor, op.mode, op.align_corners, op.recompute_scale_factor)
 
 
 def _activation_layer(op: Activation, overwrite: bool, parameter: Any) -> nn.Module:

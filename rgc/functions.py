@@ -13,7 +13,20 @@ from torch import Tensor
 
 from rgc.algebra import Conv, Scale
 from rgc.ir import Input, Operator, Value
-from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Identity, Multiply, Opaque, Slot, Structural
+from rgc.operators import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Identity,
+    MaxPool,
+    Multiply,
+    Opaque,
+    Slot,
+    Structural,
+    Upsample,
+)
 
 
 class Lifting(Protocol):
@@ -114,6 +127,42 @@ def avg_pool(rank: int) -> Handler:
     return handle
 
 
+def max_pool(rank: int) -> Handler:
+    def handle(lifter: Lifting, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+               ceil_mode: bool = False, return_indices: bool = False) -> Value | None:  # fmt: skip
+        if return_indices or not isinstance(x, Value):
+            return None
+        window = _tuple(kernel_size, rank)
+        step = window if stride is None or stride == () or stride == [] else _tuple(stride, rank)
+        return lifter.emit(MaxPool(window, step, _tuple(padding, rank), _tuple(dilation, rank), ceil_mode), x)
+
+    return handle
+
+
+def upsample(lifter: Lifting, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+             align_corners: Any = None, recompute_scale_factor: Any = None,
+             antialias: bool = False) -> Value | None:  # fmt: skip
+    if not isinstance(x, Value) or antialias or not _are_floating(lifter, x):
+        return None
+    rank = len(lifter.shape(x)) - 2
+    given = [each if isinstance(each, list | tuple) else (each,) for each in (size, scale_factor)]
+    if not 1 <= rank <= 3 or not all(each is None or isinstance(each, int | float) for each in (*given[0], *given[1])):
+        return None  # a size that depends on the input
+    to, by = (None if None in each else tuple(each) * (rank if len(each) == 1 else 1) for each in given)
+    return lifter.emit(Upsample(rank, to, by, mode, align_corners, recompute_scale_factor), x)
+
+
+def _aten_upsample(mode: str, corners: bool) -> Handler:
+    """The overload ``vec``: of a size or scale factors, with corners to align where the mode has them."""
+
+    def handle(lifter: Lifting, x: Any, size: Any, *rest: Any) -> Value | None:
+        if len(rest) != 1 + corners or (size is None) == (rest[-1] is None):
+            return None
+        return upsample(lifter, x, size, rest[-1], mode, rest[0] if corners else None)
+
+    return handle
+
+
 def activation(name: str) -> Handler:
     def handle(lifter: Lifting, x: Any, *args: Any, **options: Any) -> Value | None:
         if args and name in _POSITIONAL:
@@ -126,6 +175,35 @@ def activation(name: str) -> Handler:
         return lifter.emit(Activation(name, tuple(sorted(numbers.items()))), x)
 
     return handle
+
+
+def elementwise(name: str) -> Handler:
+    """A function of ``torch`` without options, which makes other types of integers."""
+
+    def handle(lifter: Lifting, x: Any) -> Value | None:
+        return lifter.emit(Activation(name), x) if _are_floating(lifter, x) else None
+
+    return handle
+
+
+def _clamp(lifter: Lifting, x: Any, min: Any = None, max: Any = None) -> Value | None:
+    bounds = tuple((name, _number(bound)) for name, bound in (("max", max), ("min", min)) if bound is not None)
+    if not _are_floating(lifter, x) or not all(isinstance(bound, int | float) for _, bound in bounds):
+        return None
+    return lifter.emit(Activation("clamp", bounds), x)
+
+
+def _clamp_min(lifter: Lifting, x: Any, min: Any) -> Value | None:
+    return _clamp(lifter, x, min)
+
+
+def _clamp_max(lifter: Lifting, x: Any, max: Any) -> Value | None:
+    return _clamp(lifter, x, None, max)
+
+
+def _power(lifter: Lifting, x: Any, exponent: Any) -> Value | None:
+    square = not isinstance(exponent, Value) and _number(exponent) == 2
+    return elementwise("square")(lifter, x) if square else None
 
 
 def prelu(lifter: Lifting, x: Any, weight: Any) -> Value | None:
@@ -261,6 +339,10 @@ FUNCTIONS: dict[str, Handler] = {
     "conv_transpose1d": conv_transpose, "conv_transpose2d": conv_transpose, "conv_transpose3d": conv_transpose,
     "linear": linear, "batch_norm": batch_norm,
     "avg_pool1d": avg_pool(1), "avg_pool2d": avg_pool(2), "avg_pool3d": avg_pool(3),
+    "max_pool1d": max_pool(1), "max_pool2d": max_pool(2), "max_pool3d": max_pool(3), "interpolate": upsample,
+    "abs": elementwise("abs"), "absolute": elementwise("abs"), "exp": elementwise("exp"), "sqrt": elementwise("sqrt"),
+    "square": elementwise("square"), "pow": _power, "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp_min,
+    "clamp_max": _clamp_max,
     "add": _add, "radd": _add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
     "mul": _multiply, "rmul": _multiply, "multiply": _multiply, "div": _divide, "truediv": _divide,
     "true_divide": _divide, "divide": _divide, "neg": _negate, "negative": _negate, "lerp": _lerp,
@@ -282,6 +364,12 @@ ATEN: dict[str, Handler] = {
     "batch_norm": _aten_batch_norm,
     "_native_batch_norm_legit_no_training": _aten_batch_norm_no_training,
     "convolution": _aten_convolution,
+    **{f"upsample_nearest{rank}d": _aten_upsample("nearest", corners=False) for rank in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{rank}d": _aten_upsample("nearest-exact", corners=False) for rank in (1, 2, 3)},
+    **{
+        f"upsample_{mode}{rank}d": _aten_upsample(mode, corners=True)
+        for rank, mode in ((1, "linear"), (2, "bilinear"), (2, "bicubic"), (3, "trilinear"))
+    },
 }
 
 #: Calls that are affine in their one tensor input, whatever their other arguments are.

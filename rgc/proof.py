@@ -7,7 +7,8 @@ of two magnitudes show what clamps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from rgc.algebra import Conv, Linear
 from rgc.errors import NotEquivalentError, RgcError
 from rgc.ir import Value, evaluate_value, topological
-from rgc.operators import Activation, AvgPool, Call, Constant
+from rgc.operators import Activation, AvgPool, Call, Constant, MaxPool, Upsample
+from rgc.ranges import Interval
 from rgc.rearrange import Assign, BorderFill, PixelShuffle, Rearrangement
 
 #: Largest difference, relative to the largest intermediate value, that float64 rounding explains.
@@ -29,9 +31,12 @@ MAGNITUDES = (1.0, 100.0)
 _DECLINES = (RuntimeError, ValueError, TypeError, IndexError, RgcError)
 
 
-def check_firing(old: Value, new: Value, sources: Sequence[Value], seed: int = 0) -> float:
+def check_firing(
+    old: Value, new: Value, sources: Sequence[Value], seed: int = 0, ranges: Mapping[Value, Interval] | None = None
+) -> float:
     """The largest relative difference between ``old`` and ``new`` as functions of ``sources``.
 
+    A source takes any value, or, where ``ranges`` names it, those of its interval.
     Raises `NotEquivalentError` where it exceeds float64 rounding.
     """
     known = set(sources)
@@ -42,7 +47,10 @@ def check_firing(old: Value, new: Value, sources: Sequence[Value], seed: int = 0
     def difference(index: int, shapes: Sequence[tuple[int, ...]]) -> float | None:
         size = ", ".join("x".join(map(str, shape)) for shape in shapes)
         magnitude = MAGNITUDES[index % len(MAGNITUDES)]
-        inputs = {s: _random(shape, s, magnitude, generator) for s, shape in zip(sources, shapes, strict=True)}
+        inputs = {
+            s: _random(shape, s, magnitude, generator, (ranges or {}).get(s, Interval()))
+            for s, shape in zip(sources, shapes, strict=True)
+        }
         try:
             expected, scale = _run(before, old, inputs)
         except _DECLINES:
@@ -118,7 +126,7 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
 
 
 def _spatial(value: Value) -> int | None:
-    if isinstance(value.op, Linear):
+    if isinstance(value.op, Linear | MaxPool | Upsample):
         return value.op.spatial
     if isinstance(value.op, PixelShuffle):
         return 2
@@ -147,6 +155,9 @@ def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[in
             fields[value] = (reach + widest * stride, stride * (1 if op.transposed else max(op.stride)))
         elif isinstance(op, AvgPool):
             fields[value] = (reach + (max(op.window) - 1) * stride, stride * max(op.stride))
+        elif isinstance(op, MaxPool):
+            widest = max(d * (k - 1) for d, k in zip(op.dilation, op.window, strict=True))
+            fields[value] = (reach + widest * stride, stride * max(op.stride))
         elif isinstance(op, Rearrangement):
             fields[value] = (reach + op.reach[0] * stride, stride * op.reach[1])
         elif isinstance(op, BorderFill):
@@ -156,7 +167,16 @@ def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[in
     return max(reach for reach, _ in fields.values()), max(stride for _, stride in fields.values())
 
 
-def _random(shape: tuple[int, ...], source: Value, magnitude: float, generator: torch.Generator) -> Tensor:
+def _random(
+    shape: tuple[int, ...], source: Value, magnitude: float, generator: torch.Generator, interval: Interval
+) -> Tensor:
     if not source.tensor_type.dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(source.tensor_type.dtype)
-    return magnitude * torch.randn(shape, generator=generator, dtype=torch.float64)
+    lower, upper = interval.lower, interval.upper
+    if math.isfinite(lower) and math.isfinite(upper):  # all over the interval, and every third time one of its bounds
+        spread = 1.5 * torch.rand(shape, generator=generator, dtype=torch.float64) - 0.25
+        return (lower + (upper - lower) * spread).clamp(lower, upper)
+    x = magnitude * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if math.isfinite(lower):
+        return lower + x.abs()
+    return upper - x.abs() if math.isfinite(upper) else x

@@ -7,8 +7,10 @@
 
 The parameters of the function are the holes of the pattern. A hole is typed by what may fill it: ``Value`` (anything),
 an operator class, `Linear` (any linear operator), `Region` or `Join` (an affine part of the graph), or
-``Annotated[Conv, predicate]`` for operators that satisfy a predicate. ``+``, ``-`` and ``*`` stand for `Add` and
-`Multiply`; sums match in both orders.
+``Annotated[Conv, predicate]`` for what satisfies a predicate. ``+``, ``-`` and ``*`` stand for `Add` and `Multiply`;
+sums match in both orders.
+
+A rewrite that is equal only where `rgc.range_of` says that the values lie declares it: ``relies_on_range=True``.
 """
 
 from __future__ import annotations
@@ -107,11 +109,16 @@ class Match:
 
 @dataclass(frozen=True)
 class Case:
-    """One pattern with the function that makes its result, and the classes of its holes."""
+    """One pattern with the function that makes its result, and the classes of its holes.
+
+    ``relies_on_range``: equal for values in the ranges of the matched ones, not for any. It is checked for those, and
+    its record names them.
+    """
 
     pattern: Term
     build: Callable[..., Value]
     holes: dict[str, tuple[Any, tuple[Predicate, ...]]]
+    relies_on_range: bool = False
 
     @property
     def matches_regions(self) -> bool:
@@ -168,11 +175,13 @@ class Rewrite:
     cases: list[Case]
     examples: list[Example]
 
-    def also(self, pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
+    def also(
+        self, pattern: Callable[..., Term], *, relies_on_range: bool = False
+    ) -> Callable[[Callable[..., Value]], Rewrite]:
         """Another pattern of the same rewrite, with a function of its own."""
 
         def attach(build: Callable[..., Value]) -> Rewrite:
-            self.cases.append(_case(pattern, build))
+            self.cases.append(_case(pattern, build, relies_on_range))
             return self
 
         return attach
@@ -212,7 +221,9 @@ class GraphPass:
 Pass = Rewrite | GraphPass
 
 
-def rewrite(pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
+def rewrite(
+    pattern: Callable[..., Term], *, relies_on_range: bool = False
+) -> Callable[[Callable[..., Value]], Rewrite]:
     """Turn a function into a rewrite; ``pattern`` is a lambda whose parameters are holes.
 
     Raises `GraphError` where pattern and function name different holes, or a hole is unused or has no fitting type.
@@ -220,7 +231,7 @@ def rewrite(pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Re
 
     def make(build: Callable[..., Value]) -> Rewrite:
         statement = inspect.getdoc(build) or inspect.getdoc(inspect.getmodule(build)) or ""
-        return Rewrite(build.__name__, statement, [_case(pattern, build)], [])
+        return Rewrite(build.__name__, statement, [_case(pattern, build, relies_on_range)], [])
 
     return make
 
@@ -272,7 +283,7 @@ def _observed_class(cls: type[Operator]) -> type[Operator]:
     return type(cls.__name__, (cls,), {"__getattribute__": get, "__class__": property(lambda self: cls)})
 
 
-def _case(pattern: Callable[..., Term], build: Callable[..., Value]) -> Case:
+def _case(pattern: Callable[..., Term], build: Callable[..., Value], relies_on_range: bool) -> Case:
     names = list(inspect.signature(pattern).parameters)
     wanted = list(inspect.signature(build).parameters)
     if sorted(names) != sorted(wanted):
@@ -286,7 +297,7 @@ def _case(pattern: Callable[..., Term], build: Callable[..., Value]) -> Case:
         raise GraphError(f"rewrite {build.__name__}: the hole {missing[0]!r} has no type")
     holes = {name: _hole_type(hints[name]) for name in names}
     _check_holes(build.__name__, term, holes)
-    return Case(term, build, holes)
+    return Case(term, build, holes, relies_on_range)
 
 
 def _check_holes(rewrite_name: str, term: Term, holes: dict[str, tuple[Any, tuple[Predicate, ...]]]) -> None:
@@ -343,7 +354,7 @@ def _hole_type(hint: Any) -> tuple[Any, tuple[Predicate, ...]]:
 def _match(term: Term, value: Value, match: Match, holes: dict[str, Any]) -> Iterator[Match]:
     if isinstance(term, Hole):
         bound = match.values.get(term.name)
-        if bound is None:
+        if bound is None and all(holds(value) for holds in holes[term.name][1]):
             yield replace(match, values={**match.values, term.name: value})
         elif bound is value:
             yield match
