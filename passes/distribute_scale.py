@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from rgc import (
-    AvgPool,
     BatchNorm,
     Conv,
     Graph,
-    Identity,
     Opaque,
-    Rearrangement,
     Refusal,
     Scale,
     Structural,
@@ -96,7 +93,7 @@ def _readers(
         if isinstance(reader.op, Conv):
             yield reader, _folded(reader, scale, probes[0].dim() - 1 - axis)
             continue
-        moves = isinstance(reader.op, Structural | Identity | AvgPool | Rearrangement) and len(reader.inputs) == 1
+        moves = reader.op.affine and len(reader.inputs) == 1
         require(moves and reader.type is not None, f"{reader.where} ({reader.op.label}) reads it, and is not linear")
         yield from _readers(graph, reader, scale, channels, _moved(reader, probes))
 

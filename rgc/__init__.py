@@ -52,8 +52,8 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "CompiledModule", "Concat", "Constant", "Conv",
-    "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass", "Identity",
+    "Activation", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "CompiledModule", "Concat", "Constant",
+    "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass", "Identity",
     "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply", "NotEquivalentError", "Opaque", "Operator",
     "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region",
     "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten",

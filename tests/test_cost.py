@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rgc import Activation, Add, AvgPool, BatchNorm, Constant, Conv, Flatten, InputError, Structural, Value
+from rgc import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Constant,
+    Conv,
+    Flatten,
+    InputError,
+    MaxPool,
+    Structural,
+    Upsample,
+    Value,
+)
 from rgc.cost import CPU, CUDA, OBJECTIVES, cost, macs, parameters, target_named
 from rgc.ir import Input, TensorType
 from rgc.operators import Slot
@@ -81,6 +94,8 @@ def test_every_kind_of_kernel_has_an_efficiency() -> None:
         conv(64, 64, 3, groups=2)(x),
         Conv(torch.zeros(3, 64))(flat),
         AvgPool((2, 2), (2, 2), (0, 0))(x),
+        MaxPool((2, 2), (2, 2), (0, 0), (1, 1))(x),
+        Upsample(2, scale_factor=(2.0, 2.0))(x),
         Add()(x, x),
     ]
     assert all(CPU.seconds(value) > 0 and CUDA.seconds(value) > 0 for value in values)

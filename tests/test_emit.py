@@ -149,6 +149,20 @@ LAYERS |= {
 }  # fmt: skip
 
 
+LAYERS |= {
+    str(layer): (lambda layer=layer: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), layer), (2, 4, 12, 11))
+    for layer in (
+        nn.MaxPool2d((3, 2), (1, 2), (1, 0), (2, 1), ceil_mode=True),
+        nn.MaxPool2d(2),
+        nn.Upsample(scale_factor=(1.5, 2), mode="bilinear", align_corners=True),
+        nn.Upsample(scale_factor=1.3, mode="bilinear", recompute_scale_factor=True),
+        nn.Upsample(size=(3, 5), mode="nearest-exact"),
+        nn.UpsamplingNearest2d(scale_factor=2),
+        nn.UpsamplingBilinear2d(size=7),
+    )
+}
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer_is_emitted_with_all_its_options(name: str) -> None:

@@ -450,6 +450,24 @@ def test_only_what_is_equal_to_the_last_bit_is_called_bitwise() -> None:
         assert [firing.evidence for firing in record.firings] == [evidence]
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_rewrite_that_relies_on_ranges_has_to_say_so(declared: bool) -> None:
+    @rewrite(lambda x, relu: relu(x), relies_on_range=declared)
+    def drop_inactive(x: Value, relu: Activation) -> Value:
+        rgc.require(rgc.range_of(x).lower >= 0, "active")
+        return x
+
+    x = source()
+    twice = Activation("relu")(Activation("sigmoid")(x))
+    graph, record = apply(Graph([x], twice), [drop_inactive], Policy())
+    if declared:
+        (firing,) = record.firings
+        assert (firing.evidence, firing.condition) == ("range-conditional", "? in [0, 1]")
+        assert len(graph) == 2
+    else:
+        assert record.firings == [] and "differs by" in record.failures[0].reason
+
+
 class Varied(nn.Module):
     """Something for every pass."""
 

@@ -412,3 +412,63 @@ def test_a_cast_that_the_user_wrote_is_kept_in_a_half_precision_model() -> None:
     model = randomised(Model(lambda m, x: m.second(m.first(x).to(torch.float32).pow(2).to(x.dtype)))).half()
     compiled = rgc.compile(model, torch.randn(1, 4, 9, 8).half())
     assert torch.float32 in [arg for node in compiled.graph.nodes for arg in node.args]
+
+
+# --- functions and their other names ---------------------------------------------------------------------------------
+
+
+def _pooled_and_upsampled(m: Any, x: Tensor) -> Tensor:
+    x = F.max_pool2d(m.first(x), 3, stride=1, padding=1)
+    x = torch.max_pool2d(x, (2, 3), dilation=1, ceil_mode=True)
+    x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
+    x = F.interpolate(x, size=(9, 7))
+    return F.interpolate(m.second(x), scale_factor=(1.5, 2.5), mode="bicubic")
+
+
+def _clamped(m: Any, x: Tensor) -> Tensor:
+    x = torch.clamp(m.first(x), -1, 2).clamp_min(-0.5).clamp(max=1.5)
+    x = torch.clamp_max(x, 1.0).clip(-0.4, None)
+    x = (x**2).abs() + torch.pow(x, 2) + x.square().sqrt() + abs(x)
+    return m.second(torch.exp(x.clamp_(0.1)))
+
+
+@pytest.mark.parametrize("tier", ["torch.fx", "torch.export"])
+@pytest.mark.parametrize(
+    ("forward", "kinds"),
+    [
+        (_pooled_and_upsampled, {"MaxPool": 2, "Upsample": 3}),
+        (_clamped, {"clamp": 6, "square": 3, "abs": 2, "sqrt": 1, "exp": 1}),
+    ],
+)
+def test_functions_methods_and_overloads_are_one_operator(
+    forward: Callable[[Any, Tensor], Tensor], kinds: dict[str, int], tier: str
+) -> None:
+    def on_the_tier(m: Any, x: Tensor) -> Tensor:
+        if tier == "torch.export" and x.shape[1] != 4:  # what symbolic tracing does not know
+            return x
+        return forward(m, x)
+
+    report = compiled_equal(Model(on_the_tier)).report
+    assert report.tier == tier
+    for kind, count in kinds.items():
+        assert sum(n for name, n in report.ops_before.items() if name.startswith(kind)) == count
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.second(F.max_pool2d(m.first(x), 2, return_indices=True)[0]),
+        lambda m, x: m.second(F.interpolate(m.first(x), scale_factor=2.0, mode="bilinear", antialias=True)),
+        lambda m, x: m.second(F.interpolate(m.first(x), size=x.shape[2:])),
+        lambda m, x: m.second(torch.clamp(m.first(x), min=torch.linspace(-1, 1, 4).view(4, 1, 1))),
+        lambda m, x: m.second(m.first(x) ** 3),
+        lambda m, x: m.second(1.5 ** m.first(x)),
+        lambda m, x: m.second(m.first(x).clamp(min=x.mean())),
+        lambda m, x: m.second(m.first(x) * x.shape[2] ** 2),
+        lambda m, x: m.second(m.first(x)) * (x > 0).int().abs(),
+    ],
+)
+def test_other_forms_of_them_stay_as_they_are(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    compiled = compiled_equal(Model(forward))
+    names = {"MaxPool2d", "Upsample", "square"}
+    assert not names & set(compiled.report.ops_after)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rgc.algebra import Scale
 from rgc.errors import GraphError, Refusal
 from rgc.ir import Operator, TensorType, Value
 from rgc.operators import (
@@ -23,11 +24,13 @@ from rgc.operators import (
     Constant,
     Flatten,
     Identity,
+    MaxPool,
     Multiply,
     Opaque,
     Slot,
     Structural,
     Unflatten,
+    Upsample,
 )
 
 
@@ -168,6 +171,8 @@ def test_average_pooling_that_is_no_convolution_is_refused(op: AvgPool, spatial:
         (Activation("sigmoid"), nn.Sigmoid()),
         (Activation("tanh"), nn.Tanh()),
         (Activation("exp"), torch.exp),
+        (Activation("clamp", (("max", 0.5), ("min", -0.25))), lambda x: x.clamp(-0.25, 0.5)),
+        (Activation("square"), lambda x: x * x),
         (Activation("prelu", weight=torch.tensor([0.1, -0.2, 0.3]).double()), None),
         (Identity(), nn.Identity()),
         (Identity("dropout"), nn.Dropout(0.5).eval()),
@@ -320,3 +325,132 @@ def test_labels_are_what_a_user_would_say() -> None:
     assert lifted(random_batch_norm(2, 3), 2).label == "batch norm 3"
     assert AvgPool((2, 3), (2, 2), (0, 0)).label == "avg pool 2x3"
     assert [Concat(-1).label, Multiply().label, Identity("dropout").label] == ["concat", "multiply", "dropout"]
+
+
+# --- resamplings ---------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_max_pooling_equals_the_layer_and_commutes_with_what_increases(rank: int, data: st.DataObject) -> None:
+    window = tuple(data.draw(st.integers(1, 3)) for _ in range(rank))
+    stride = tuple(data.draw(st.integers(1, 3)) for _ in range(rank))
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in window)
+    dilation = tuple(data.draw(st.integers(1, 2)) for _ in range(rank))
+    ceil_mode = data.draw(st.booleans())
+    op = MaxPool(window, stride, padding, dilation, ceil_mode)
+    layer = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[rank](
+        window, stride, padding, dilation, False, ceil_mode
+    )
+    x = random(2, 3, *[6 + axis for axis in range(rank)])
+    assert torch.equal(op.evaluate(x), layer(x))
+    assert_infers_its_result(op, x)
+    assert op.resampled(type_of(x)) == rank and op.keeps_constants
+    assert torch.equal(op.evaluate(x**3 + x), op.evaluate(x) ** 3 + op.evaluate(x))
+    assert torch.equal(op.evaluate(torch.ones_like(x)), torch.ones_like(op.evaluate(x)))
+
+
+UPSAMPLES = [
+    {"scale_factor": 2.0},
+    {"scale_factor": (1.5, 0.5), "mode": "nearest-exact"},
+    {"size": (5, 9), "mode": "bilinear", "align_corners": True},
+    {"scale_factor": 1.7, "mode": "bilinear", "recompute_scale_factor": True},
+    {"scale_factor": 2.0, "mode": "bicubic"},
+    {"size": (3, 2), "mode": "area"},
+]
+
+
+@pytest.mark.parametrize("options", UPSAMPLES, ids=str)
+def test_upsampling_equals_the_layer_is_linear_and_keeps_constants(options: dict[str, Any]) -> None:
+    given = {
+        name: (value, value) if name == "scale_factor" and isinstance(value, float) else value
+        for name, value in options.items()
+    }
+    op, layer = Upsample(2, **given), nn.Upsample(**options)
+    x, y = random(2, 3, 4, 6), random(2, 3, 4, 6, seed=1)
+    assert torch.equal(op.evaluate(x), layer(x))
+    assert_infers_its_result(op, x)
+    assert op.affine and op.keeps_constants and op.resampled(type_of(x)) == 2
+    torch.testing.assert_close(op.evaluate(2 * x - y), 2 * op.evaluate(x) - op.evaluate(y), rtol=1e-12, atol=1e-12)
+    ones = torch.ones_like(x)
+    torch.testing.assert_close(op.evaluate(ones), torch.ones_like(op.evaluate(x)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("op", "axes"),
+    [
+        (AvgPool((2, 2), (2, 2), (0, 0)), 2),
+        (Structural(nn.AdaptiveAvgPool2d(1), (Slot(0),)), 2),
+        (Structural(F.adaptive_avg_pool2d, (Slot(0), (2, 1))), 2),
+        (Structural(torch.ops.aten.adaptive_avg_pool2d.default, (Slot(0), [1, 1])), 2),
+        (Structural("mean", (Slot(0), (2, 3))), 2),
+        (Structural("mean", (Slot(0), -1, True)), 1),
+        (Structural("mean", (Slot(0),), (("dim", (-2,)), ("keepdim", True))), 2),
+        (Structural("mean", (Slot(0), 1)), 3),
+        (Structural(torch.ops.aten.mean.dim, (Slot(0), [-1, -2], True)), 2),
+        (Structural(torch.flip, (Slot(0), (2,))), 2),
+        (Structural("flip", (Slot(0), 2, -1)), 2),
+        (Structural(torch.flip, (Slot(0),), (("dims", [3]),)), 1),
+        (Structural("mean", (Slot(0),)), None),
+        (Structural("mean", (Slot(0), (2, 3)), (("dtype", torch.float32),)), None),
+        (Structural("sum", (Slot(0), (2, 3))), None),
+        (Structural(torch.flatten, (Slot(0), 1)), None),
+        (Activation("relu"), None),
+        (Scale(torch.ones(1), torch.zeros(1)), None),
+    ],
+)
+def test_an_operator_knows_which_axes_it_resamples(op: Operator, axes: int | None) -> None:
+    x = random(2, 3, 4, 6)
+    assert op.resampled(type_of(x)) == axes
+    if axes is None or axes > 2:
+        return
+    mix = random(3, 3, seed=5)
+    mixed = torch.einsum("oc,nc...->no...", mix, op.evaluate(x))
+    torch.testing.assert_close(op.evaluate(torch.einsum("oc,nc...->no...", mix, x)), mixed, rtol=1e-12, atol=1e-12)
+    ones = torch.ones_like(x)
+    assert op.keeps_constants == torch.allclose(op.evaluate(ones), torch.ones_like(op.evaluate(x)))
+
+
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({"padding": (0, 0)}, True),
+        ({"padding": (1, 0)}, False),
+        ({"padding": (1, 0), "count_include_pad": False}, True),
+        ({"padding": (0, 0), "divisor_override": 3}, False),
+        ({"padding": (1, 1), "count_include_pad": False, "divisor_override": 3}, False),
+        ({"padding": (0, 0), "ceil_mode": True}, True),
+        ({"padding": (1, 1), "ceil_mode": True, "count_include_pad": False}, True),
+    ],
+)
+def test_average_pooling_keeps_constants_unless_it_counts_padding(options: dict[str, Any], keeps: bool) -> None:
+    op = AvgPool((2, 2), (2, 2), **options)
+    ones = torch.ones(1, 1, 5, 4, dtype=torch.float64)
+    assert op.keeps_constants == keeps == bool((op.evaluate(ones) == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaxPool((2, 2), (2,), (0, 0), (1, 1)), "must name the same axes, 1 to 3 of them"),
+        (lambda: MaxPool((), (), (), ()), "must name the same axes, 1 to 3 of them"),
+        (lambda: Upsample(2), "Upsample: needs either a size or a scale factor, got None, None"),
+        (lambda: Upsample(2, (2, 2), (2.0, 2.0)), "Upsample: needs either a size or a scale factor"),
+        (lambda: Upsample(2, (2,)), r"Upsample: \(2,\) does not name 2 axes, 1 to 3 of them"),
+    ],
+)
+def test_a_resampling_that_fits_no_layer_cannot_be_built(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        make()
+
+
+def test_labels_of_resamplings() -> None:
+    assert MaxPool((3, 2), (1, 1), (0, 0), (1, 1)).label == "max pool 3x2"
+    assert Upsample(2, (8, 9), mode="bilinear").label == "upsample bilinear to 8x9"
+    assert Upsample(2, scale_factor=(2.0, 1.5)).label == "upsample nearest by 2x1.5"
+
+
+def test_a_call_has_one_name_however_it_is_written() -> None:
+    targets = ("mean", torch.mean, torch.ops.aten.mean.dim)
+    assert {Structural(target, (Slot(0),)).name for target in targets} == {"mean"}
+    assert Structural(nn.Flatten(), (Slot(0),)).name == "Flatten"

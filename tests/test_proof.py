@@ -14,11 +14,14 @@ from rgc import (
     AvgPool,
     BatchNorm,
     Conv,
+    Interval,
     Linear,
+    MaxPool,
     Multiply,
     NotEquivalentError,
     Scale,
     Structural,
+    Upsample,
     Value,
 )
 from rgc.ir import Input, Operator, TensorType
@@ -154,6 +157,65 @@ def test_the_message_says_where_how_far_and_on_which_size() -> None:
     x = source()
     with pytest.raises(NotEquivalentError, match=r"differs by \d\.\de[-+]\d\d of its scale on a random input of 2x4x"):
         check_firing(conv()(x), conv(seed=1)(x), [x])
+
+
+# --- sources of a known range ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("interval", "name", "equal"),
+    [
+        (Interval(0), "relu", True),
+        (Interval(-1e-3), "relu", False),
+        (Interval(0, 6), "relu6", True),
+        (Interval(0, 6.001), "relu6", False),
+        (Interval(-1e-3, 6), "relu6", False),
+        (Interval(0), "relu6", False),
+        (Interval(upper=6), "relu6", False),
+        (Interval(upper=0), "relu", False),
+        (Interval(2, 2), "relu", True),
+        (Interval(), "relu", False),
+    ],
+)
+def test_a_source_takes_the_values_of_its_range_and_reaches_its_bounds(
+    interval: Interval, name: str, equal: bool
+) -> None:
+    x = source()
+    try:
+        check_firing(Activation(name)(x), x, [x], ranges={x: interval})
+    except NotEquivalentError:
+        assert not equal
+    else:
+        assert equal
+
+
+def test_a_half_bounded_range_is_probed_at_large_magnitude_too() -> None:
+    x = source()
+    wide = Activation("hardtanh", (("max_val", 50.0), ("min_val", -50.0)))
+    with pytest.raises(NotEquivalentError):
+        check_firing(wide(x), x, [x], ranges={x: Interval(0)})
+
+
+def test_a_range_of_one_source_leaves_the_others_free() -> None:
+    x, y = source(), source()
+    relu = Activation("relu")
+    assert check_firing(Add()(relu(x), y), Add()(x, y), [x, y], ranges={x: Interval(0)}) == 0
+    with pytest.raises(NotEquivalentError):
+        check_firing(Add()(relu(x), relu(y)), Add()(x, y), [x, y], ranges={x: Interval(0)})
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong"),
+    [
+        (MaxPool((2, 2), (2, 2), (0, 0), (1, 1)), {"ceil_mode": True}),
+        (MaxPool((3, 3), (1, 1), (1, 1), (1, 1)), {"window": (3, 1), "padding": (1, 0)}),
+        (MaxPool((2, 2), (1, 1), (0, 0), (2, 2)), {"dilation": (1, 2)}),
+        (Upsample(2, scale_factor=(2.0, 2.0), mode="bilinear"), {"align_corners": True}),
+    ],
+)
+def test_a_change_of_a_resampling_is_seen(op: Operator, wrong: dict[str, Any]) -> None:
+    right = op
+    assert refused(right, replace(right, **wrong), source(1, 4, 12, 12)) and not refused(right, replace(right))  # type: ignore[type-var]
 
 
 # --- relative differences --------------------------------------------------------------------------------------------

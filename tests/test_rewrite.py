@@ -104,6 +104,29 @@ def test_holes_may_be_unions_and_have_predicates() -> None:
     assert not matches(spelled_out, Scale(torch.ones(1), torch.zeros(1))(x))
 
 
+def is_wide(value: Value) -> bool:
+    return value.tensor_type.shape[1] > 4
+
+
+def test_a_value_may_have_predicates_too() -> None:
+    @rewrite(lambda x, op: op(x))
+    def on_wide_values(x: Annotated[Value, is_wide], op: Activation) -> Value: ...
+
+    narrow, relu = source(), Activation("relu")
+    wide = Value(Input("y"), (), TensorType((1, 8, 5, 5), torch.float32))
+    assert matches(on_wide_values, relu(wide)) == [{"x": wide}] and matches(on_wide_values, relu(narrow)) == []
+
+
+def test_a_case_says_whether_it_relies_on_ranges() -> None:
+    @rewrite(lambda x, op: op(x), relies_on_range=True)
+    def first(x: Value, op: Activation) -> Value: ...
+
+    @first.also(lambda x, op: op(op(x)))
+    def second(x: Value, op: Activation) -> Value: ...
+
+    assert [case.relies_on_range for case in first.cases] == [True, False]
+
+
 def test_a_region_matches_its_own_class_only() -> None:
     @rewrite(lambda x, region: region(x))
     def whole(x: Value, region: Annotated[Region, lambda region: len(region.values) > 1]) -> Value:
