@@ -29,7 +29,7 @@ from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler, refresh_w
 from rgc.normalizations import ATEN_NORMALIZATIONS, NORMALIZATIONS
 from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural
 from rgc.rearrange import Subsample
-from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS, call_name
+from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class _Lifter:
     def _looked_through(self, value: Value) -> tuple[Value, ...]:
         """What a value keeps alive: a handler that knows its form will read its input instead."""
         if isinstance(value.op, Call):
-            return value.inputs if call_name(value.op) in LOOKED_THROUGH else ()
+            return value.inputs if value.op.name in LOOKED_THROUGH else ()
         return value.inputs if isinstance(value.op, Subsample) else ()
 
     def _forget(self, node: fx.Node) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rgc.algebra import Conv, Deferred, Scale
 from rgc.errors import GraphError
-from rgc.ir import Value, topological
+from rgc.ir import Operator, Value, topological
 from rgc.operators import (
     Activation,
     Add,
@@ -40,6 +40,7 @@ from rgc.operators import (
     Unflatten,
     Upsample,
 )
+from rgc.rearrange import BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,10 @@ def _resampled(value: Value, given: list[Interval]) -> Interval:
             return Interval(-math.inf, given[0].upper) if hollow else given[0]
         case Upsample():
             return ANY if op.mode == "bicubic" else given[0]  # the others have no negative weights
+        case Pad() | Gather() | Subsample() | PixelUnshuffle() | PixelShuffle():
+            return _rearranged(op, given[0])
+        case BorderFill():
+            return given[0] | _range_of_tensor(op.value)
         case Structural():
             return _moved(op, given)
         case Opaque():
@@ -207,6 +212,13 @@ def _averaged(pool: AvgPool, x: Interval) -> Interval:
         factor = count / pool.divisor_override
         return ZERO | x * Interval(factor, factor)
     return x if pool.keeps_constants else ZERO | x
+
+
+def _rearranged(op: Operator, x: Interval) -> Interval:
+    """The elements that are moved, and the constants that are put beside them."""
+    if isinstance(op, Pad) and op.mode == "zeros" and not op.is_view:
+        return x | (ZERO if op.value is None else _range_of_tensor(op.value))
+    return x | ZERO if isinstance(op, Gather) and -1 in op.index else x
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

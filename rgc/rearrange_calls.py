@@ -204,11 +204,6 @@ def setitem(lifter: Lifting, x: Any, index: Any, value: Any) -> Value:
     return lifter.emit(Assign(*parts), *inputs)
 
 
-def call_name(op: Call) -> str:
-    """The plain name of what is called: ``split`` for the overload ``split.Tensor`` too."""
-    return str(op.target._opname) if isinstance(op.target, torch._ops.OpOverload) else op.label
-
-
 #: Calls behind which a handler may still look: the lifting keeps what they read.
 LOOKED_THROUGH = frozenset({
     "chunk", "split", "split_with_sizes", "tensor_split", "view", "reshape", "unflatten", "transpose", "swapaxes",
@@ -469,11 +464,11 @@ def _rest(value: Value) -> tuple[Any, ...]:
 
 
 def _name(value: Value) -> str:
-    return call_name(value.op) if isinstance(value.op, Call) else ""
+    return value.op.name if isinstance(value.op, Call) else ""
 
 
 def _are_numbers(given: Any) -> bool:
     return isinstance(given, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in given)
 
 
-__all__ = ["LOOKED_THROUGH", "REARRANGEMENTS", "call_name"]
+__all__ = ["LOOKED_THROUGH", "REARRANGEMENTS"]

@@ -46,6 +46,17 @@ from rgc import (
 from rgc.ir import Graph, Input
 from rgc.operators import Slot
 from rgc.ranges import _KNOWN, _TURN_OF_GELU_BY_TANH, _TURNS
+from rgc.rearrange import (
+    Assign,
+    BorderFill,
+    Gather,
+    Pad,
+    PixelShuffle,
+    PixelUnshuffle,
+    Slice,
+    Subsample,
+    ZeroChannels,
+)
 
 ANY = Interval()
 CHANNELS, SIZE = 4, 6
@@ -380,3 +391,17 @@ def test_a_value_keeps_its_range_when_what_it_reads_is_replaced() -> None:
     assert range_of(graph.output_values[0]) == Interval(0, 1)
     graph.replace(second, first)
     assert range_of(graph.output_values[0]) == Interval(0, 1)
+
+
+def test_what_only_moves_elements_keeps_their_range_and_pads_add_to_it() -> None:
+    x = Value(Input("x"), (), TensorType((2, 4, 6, 6), torch.float64), name="x")
+    y = Scale(torch.ones(1), torch.full((1,), 2.0))(Activation("sigmoid")(x))  # [2, 3]
+    constant = torch.tensor([5.0, -1.0, 2.5, 2.5])
+    for op, low, high in (
+        (Pad(((-1, 0), (0, -2))), 2, 3), (Pad(((1, 1), (1, 1)), "reflect"), 2, 3), (Pad(((1, 0), (0, 0))), 0, 3),
+        (Pad(((1, 1), (1, 1)), value=constant), -1, 5), (Subsample((2, 2), ((1, 0), (0, 0))), 2, 3),
+        (Gather(Slice(0, 2), 4, 2), 2, 3), (Gather(ZeroChannels(1, 0), 4, 2), 0, 3), (PixelUnshuffle(2), 2, 3),
+        (PixelShuffle(2), 2, 3), (BorderFill(((1, 0), (0, 0)), constant), -1, 5),
+    ):  # fmt: skip
+        assert range_of(op(y)) == Interval(low, high), op.label
+    assert range_of(Assign(Ellipsis, 7.0)(y)).is_unbounded
