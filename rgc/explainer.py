@@ -38,9 +38,9 @@ def explain(
 
     Raises `InputError` where ``where`` names nothing in the traced model, with close matches.
 
-    >>> import torch, rgc
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)).eval()
-    >>> (gap,) = rgc.explain(model, torch.randn(1, 3, 8, 8), "0,2").gaps
+    >>> (gap,) = explain(model, torch.randn(1, 3, 8, 8), "0,2").gaps
     >>> gap.reasons
     ('relu at 1 is not linear',)
     >>> gap.remedies[0].changes
