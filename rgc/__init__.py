@@ -10,7 +10,7 @@ from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
-from rgc.explain import explain
+from rgc.explainer import explain
 from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
 from rgc.operators import (

@@ -179,7 +179,7 @@ def compile_command(
     from rgc.cli_options import Destination, chosen_passes, example_for, parse_inputs
     from rgc.cli_output import console, print_written, progress
     from rgc.compiler import compile, require_eval
-    from rgc.explain import explain
+    from rgc.explainer import explain
 
     specs = parse_inputs(inputs)
     destination = Destination.of(model, output, format_, report)
@@ -238,7 +238,7 @@ def inspect_command(
     from rgc.cli_options import chosen_passes, example_for, parse_inputs
     from rgc.cli_output import console, print_trace, progress
     from rgc.compiler import require_eval, trace
-    from rgc.explain import explain
+    from rgc.explainer import explain
 
     specs = parse_inputs(inputs)
     if where is not None and passes is None:

@@ -131,10 +131,18 @@ def gaps_at(story: Story, value: Value) -> Iterator[tuple[tuple[Value, ...], Gap
             yield from _gap_after(story, value, between, end)
         if (found := before(value)) is not None:
             yield (found[1], value), _gap_of_chain(story, found[1], found[0], value)
-    elif (found := before(value)) is not None:
-        for between, end in after(story.graph, found[1]):
+    elif (first := _linear_before(value)) is not None:
+        for between, end in after(story.graph, first):
             if value in between:
-                yield from _gap_after(story, found[1], between, end)
+                yield from _gap_after(story, first, between, end)
+
+
+def _linear_before(value: Value) -> Value | None:
+    blend = blend_at(value)
+    if blend is not None and is_linear(blend[0]):
+        return blend[0]
+    found = before(value if blend is None else blend[0])
+    return None if found is None else found[1]
 
 
 def _gap_after(

@@ -511,6 +511,65 @@ def test_progress_shows_on_a_terminal_once_it_takes_long(
     assert "compiling" in shown
 
 
+def two_convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"conv1": nn.Conv2d(3, 16, 1), "act": nn.ReLU(), "conv2": nn.Conv2d(16, 4, 3, padding=1, bias=False)}
+    return nn.Sequential(OrderedDict(layers)).eval()
+
+
+def test_inspect_explains_a_layer_in_place_of_the_graph(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "model.pt", *SMALL, "--explain", "conv"]) == 0
+    seen = capsys.readouterr()
+    assert seen.err == ""
+    assert "conv + bn: now conv 3x3 3->8" in seen.out and "fold_batchnorm at bn: exact" in seen.out
+    assert "%0 = input()" not in seen.out
+
+
+@pytest.mark.parametrize("where", ["conv1,conv2", "conv1 + conv2", "conv2, conv1"])
+def test_inspect_explains_a_pair(folder: Path, capsys: pytest.CaptureFixture[str], where: str) -> None:
+    torch.save(two_convolutions(), "two.pt")
+    assert run(["inspect", "two.pt", *SMALL, "--explain", where]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "conv1 -> conv2: not one operator because relu at act is not linear" in text
+    assert "change replace ReLU act by rgc.nn.DecayedActivation and decay it to 1 and fixed size: --passes all" in text
+    assert "gives conv 3x3 3->4 + bias map; another function: train it further gains" in text
+
+
+def test_inspect_explains_under_the_passes_and_the_objective_that_are_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--passes", "hygiene", "--objective", "macs", "--target", "cuda"]
+    assert run(["inspect", "model.pt", *SMALL, *options, "--explain", "conv"]) == 0
+    seen = capsys.readouterr().out
+    assert "passes hygiene, objective macs, times estimated for cuda" in seen
+    assert "none of the passes in use takes conv and bn together" in seen and "--passes default" in seen
+
+
+def test_compile_explains_after_its_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "model.pt", *SMALL, "--explain", "conv,bn"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(at for at, line in enumerate(lines) if "proved equal" in line) < lines.index("conv,bn in Sequential")
+    assert lines[-1].startswith("wrote model.fused.pt2 (") and lines[-2].strip() == ""
+
+
+@pytest.mark.parametrize("command", ["compile", "inspect"])
+def test_a_layer_that_is_not_there_is_one_line_with_a_close_name(fails: Fails, command: str) -> None:
+    assert "explain 'cnv': the model has no layer 'cnv'; did you mean conv?" in fails(
+        command, "model.pt", *SMALL, "--explain", "cnv"
+    )
+
+
+def test_an_explanation_without_colour_has_no_escape_codes_and_fits(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(two_convolutions(), "two.pt")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["inspect", "two.pt", *SMALL, "--explain", "conv1"]) == 0
+    seen = capsys.readouterr().out
+    assert "\x1b" not in seen and max(map(len, seen.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("start", [["-m", "rgc"], ["-c", "from rgc.cli import main; main()"]])
 def test_the_console_script_exits_with_the_status(folder: Path, start: list[str]) -> None:
     root = Path(__file__).resolve().parent.parent

@@ -524,6 +524,21 @@ def test_a_merged_layer_carries_the_names_of_all_that_went_in() -> None:
     assert "0 + 1" in {value.where for value in graph.nodes()}
 
 
+def test_each_firing_names_the_layers_that_went_in_or_were_dropped() -> None:
+    twice = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 2, 1))
+    report = compiled_with(randomize(twice), "default").report
+    assert {firing.rewrite: firing.sources for firing in report.rewrites} == {
+        "fold_batchnorm": ("0", "1"), "drop_identity": ("2",), "merge_pointwise": ("0", "1", "3"),
+    }  # fmt: skip
+
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x) * torch.relu(torch.tanh(x).neg())
+
+    firings = compiled_with(Same().eval(), "hygiene").report.rewrites
+    assert [(firing.rewrite, firing.where, firing.sources) for firing in firings] == [("hygiene", "model", ())]
+
+
 def test_the_order_in_which_passes_are_named_does_not_matter() -> None:
     model, x = randomize(Varied()), torch.randn(2, 3, 16, 16)
     forward, backward = (rgc.compile(model, x, passes=list(order)).report for order in (ALL, ALL[::-1]))

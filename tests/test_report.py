@@ -43,6 +43,7 @@ def test_every_merge_has_evidence_and_every_refusal_a_reason(report: Report) -> 
     (firing,) = report.rewrites
     assert (firing.rewrite, firing.where, firing.evidence) == ("fold_batchnorm", "1", "exact")
     assert 0 <= firing.max_error < 1e-10 and firing.result == ("conv 3x3 3->4",)
+    assert firing.sources == ("0", "1")
     (refused,) = report.refusals
     assert (refused.rewrite, refused.where) == ("remove_linear_activation", "2") and "0.5" in refused.reason
 

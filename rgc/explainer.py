@@ -38,9 +38,9 @@ def explain(
 
     Raises `InputError` where ``where`` names nothing in the traced model, with close matches.
 
-    >>> import torch, rgc
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)).eval()
-    >>> (gap,) = rgc.explain(model, torch.randn(1, 3, 8, 8), "0,2").gaps
+    >>> (gap,) = explain(model, torch.randn(1, 3, 8, 8), "0,2").gaps
     >>> gap.reasons
     ('relu at 1 is not linear',)
     >>> gap.remedies[0].changes
@@ -176,10 +176,15 @@ def _with_removed(story: Story, paths: dict[str, None]) -> dict[str, None]:
 
 def _of_pair(story: Story, names: tuple[str, str], first: set[Value], second: set[Value]) -> list[Gap]:
     for left, right in ((first, second), (second, first)):
-        found = [gap for value in left for ends, gap in gaps_at(story, value) if _joins(story, ends, left, right)]
+        gaps = [each for value in (*left, *right) for each in gaps_at(story, value)]
+        found = {ends: gap for ends, gap in gaps if _joins(story, ends, left, right)}
         if found:
-            return list(dict.fromkeys(found))
-    return [Gap(names, "apart", tuple(_distance(story, first, second)))]
+            return list(found.values())
+    for ends, left, right in ((names, first, second), (names[::-1], second, first)):
+        inner = between(story.graph, left, right)
+        if inner is not None:
+            return [Gap(ends, "apart", tuple(_distance(story, inner, (*left, *right))))]
+    return [Gap(names, "apart", ("neither reads what the other computes, and they do not meet in a sum",))]
 
 
 def _joins(story: Story, ends: tuple[Value, ...], left: set[Value], right: set[Value]) -> bool:
@@ -190,24 +195,19 @@ def _joins(story: Story, ends: tuple[Value, ...], left: set[Value], right: set[V
     return bool(inside & left) and bool(inside & right)
 
 
-def _distance(story: Story, first: set[Value], second: set[Value]) -> Iterator[str]:
-    for left, right in ((first, second), (second, first)):
-        inner = between(story.graph, left, right)
-        if inner is None:
-            continue
-        ordered = sorted(inner, key=story.order.__getitem__)
-        linear = list(dict.fromkeys(short_name(value) for value in ordered if is_linear(value)))
-        more = f" and {len(linear) - 3} more" if len(linear) > 3 else ""
-        if linear:
-            yield f"they are not neighbours: {', '.join(linear[:3])}{more} lie between; ask about two that are"
-        yield from (
-            f"{described(value)} is no linear operator, so it merges with nothing"
-            for value in (*left, *right) if not is_linear(value)
-        )  # fmt: skip
-        if not linear:
-            yield from (f"{described(v)} lies between" for v in ordered[:3])
-        return
-    yield "neither reads what the other computes, and they do not meet in a sum"
+def _distance(story: Story, inner: set[Value], ends: Iterable[Value]) -> Iterator[str]:
+    """Why two layers, one of which leads to the other through ``inner``, are no neighbours."""
+    ordered = sorted(inner, key=story.order.__getitem__)
+    linear = list(dict.fromkeys(short_name(value) for value in ordered if is_linear(value)))
+    more = f" and {len(linear) - 3} more" if len(linear) > 3 else ""
+    if linear:
+        yield f"they are not neighbours: {', '.join(linear[:3])}{more} lie between; ask about two that are"
+    yield from (
+        f"{described(value)} is no linear operator, so it merges with nothing"
+        for value in sorted(ends, key=story.order.__getitem__) if not is_linear(value)
+    )  # fmt: skip
+    if not linear:
+        yield from (f"{described(value)} lies between" for value in ordered[:3])
 
 
 __all__ = ["explain"]
