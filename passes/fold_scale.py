@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rgc import BatchNorm, Conv, Scale, Value, compose, rewrite
+from rgc import AvgPool, BatchNorm, Conv, Scale, Value, compose, rewrite
 
 
 @rewrite(lambda x, linear, scale: scale(linear(x)))
@@ -17,6 +17,21 @@ def fold_scale(x: Value, linear: Conv | Scale | BatchNorm, scale: Scale) -> Valu
 def fold_scale_before(x: Value, scale: Scale, linear: Conv | BatchNorm) -> Value:
     spatial = linear.spatial
     return compose(linear, scale, x.tensor_type.size(spatial))(x)
+
+
+@fold_scale.also(lambda x, pool, scale: scale(pool(x)))
+def fold_scale_after_pooling(x: Value, pool: AvgPool, scale: Scale) -> Value:
+    return (scale @ _per_channel(pool, x))(x)
+
+
+@fold_scale.also(lambda x, scale, pool: pool(scale(x)))
+def fold_scale_before_pooling(x: Value, scale: Scale, pool: AvgPool) -> Value:
+    return compose(_per_channel(pool, x), scale, x.tensor_type.size(pool.spatial))(x)
+
+
+def _per_channel(pool: AvgPool, x: Value) -> Conv:
+    """A pooling does not say of how many channels, and neither does a scale of one number."""
+    return pool.as_conv(x.tensor_type.shape[-pool.spatial - 1], pool.spatial)
 
 
 @fold_scale.also(lambda x, first, second: first(x) + second(x))
@@ -51,6 +66,16 @@ def layer_scale() -> nn.Module:
 @fold_scale.fires_on(shape=(2, 3, 8, 8))
 def input_normalisation_before_an_unpadded_stem() -> nn.Module:
     return nn.Sequential(_Normalise(), nn.Conv2d(3, 4, 3)).eval()
+
+
+class _Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@fold_scale.fires_on(shape=(2, 3, 8, 8))
+def factor_around_an_average_pooling() -> nn.Module:
+    return nn.Sequential(_Halved(), nn.AvgPool2d(2), _Halved()).eval()
 
 
 @fold_scale.fires_on(shape=(2, 3, 8, 8))

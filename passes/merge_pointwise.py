@@ -10,7 +10,7 @@ from typing import Annotated
 
 from torch import nn
 
-from rgc import Conv, Value, compose, rewrite
+from rgc import AvgPool, Conv, Value, compose, rewrite
 
 
 def has_one_tap(conv: Conv) -> bool:
@@ -22,12 +22,12 @@ Pointwise = Annotated[Conv, has_one_tap]
 
 
 @rewrite(lambda x, first, second: second(first(x)))
-def merge_pointwise(x: Value, first: Conv, second: Pointwise) -> Value:
+def merge_pointwise(x: Value, first: Conv | AvgPool, second: Pointwise) -> Value:
     return compose(second, first, x.tensor_type.size(first.spatial))(x)
 
 
 @merge_pointwise.also(lambda x, first, second: second(first(x)))
-def merge_pointwise_before(x: Value, first: Pointwise, second: Conv) -> Value:
+def merge_pointwise_before(x: Value, first: Pointwise, second: Conv | AvgPool) -> Value:
     return compose(second, first, x.tensor_type.size(first.spatial))(x)
 
 
@@ -49,6 +49,11 @@ def pointwise_with_bias_before_a_padded_convolution_at_a_fixed_size() -> nn.Modu
 @merge_pointwise.fires_on(shape=(2, 5, 7))
 def two_linear_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 16), nn.Linear(16, 4)).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 4, 8, 8))
+def average_pooling_before_a_pointwise_layer() -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 8, 1)).eval()
 
 
 @merge_pointwise.fires_on(shape=(2, 8, 16, 16))
