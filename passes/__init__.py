@@ -2,25 +2,37 @@
 
 from rgc.passes.absorb_residual import absorb_residual
 from rgc.passes.collapse import collapse
+from rgc.passes.distribute_scale import distribute_scale
 from rgc.passes.drop_identity import drop_identity
+from rgc.passes.exchange_max_pool import exchange_max_pool
+from rgc.passes.exchange_pixel_shuffle import exchange_pixel_shuffle
+from rgc.passes.exchange_resampling import exchange_resampling
 from rgc.passes.fold_batchnorm import fold_batchnorm
+from rgc.passes.fold_border import fold_border
 from rgc.passes.fold_scale import fold_scale
 from rgc.passes.hygiene import hygiene
 from rgc.passes.merge_branches import merge_branches
 from rgc.passes.merge_pointwise import merge_pointwise
+from rgc.passes.merge_rearrangement import merge_rearrangement
 from rgc.passes.merge_stage import merge_stage
 from rgc.passes.remove_linear_activation import remove_linear_activation
 
 #: Every built-in pass, in the order in which they are tried at a value.
 ALL = (
     hygiene,
+    distribute_scale,
     remove_linear_activation,
     drop_identity,
     fold_batchnorm,
     fold_scale,
+    fold_border,
     merge_pointwise,
+    merge_rearrangement,
+    exchange_pixel_shuffle,
     merge_stage,
     absorb_residual,
+    exchange_max_pool,
+    exchange_resampling,
     merge_branches,
     collapse,
 )

@@ -1,27 +1,37 @@
 """Parallel linear branches of one source that meet in a sum or a concatenation are one operator: Ax + Bx = (A + B)x.
 
 The whole region between the source and the meeting point is taken at once, so a chain that would not pay by itself
-(1x1 then average pooling) merges where its neighbour hides it.
+(1x1 then average pooling) merges where its neighbour hides it. Of a longer sum, those addends that share a source.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from rgc import Add, Conv, Join, Linear, Value, add, rewrite
+from rgc import Conv, Gather, Join, Linear, Scale, Value, regroup_by_sparsity, rewrite
+
+#: Weights in which zeros are looked for, which means that they are computed before the cost is weighed.
+MOST_WEIGHTS = 2**22
 
 
 @rewrite(lambda x, branches: branches(x))
 def merge_branches(x: Value, branches: Join) -> Value:
-    spatial = branches.spatial
-    return branches.as_linear(x.tensor_type.size(spatial))(x)
+    size = None if branches.spatial is None else x.tensor_type.size(branches.spatial)
+    linear = branches.as_linear(size)
+    if isinstance(linear, Scale) and linear.is_identity:
+        return x
+    return _in_groups(linear, branches)(x)
 
 
-@merge_branches.also(lambda x, y, first, second: (y + first(x)) + second(x))
-def merge_outer_branches(x: Value, y: Value, first: Conv, second: Conv) -> Value:
-    merged: Linear = add(first, second, x.tensor_type.size(first.spatial))
-    return Add()(y, merged(x))
+def _in_groups(linear: Linear, branches: Join) -> Linear:
+    """Branches of some of the channels leave zeros in the merged weight, and those are groups."""
+    selects = any(isinstance(value.op, Gather) for value in branches.values)
+    if not selects or not isinstance(linear, Conv) or linear.groups > 1 or math.prod(linear.shape) > MOST_WEIGHTS:
+        return linear
+    return regroup_by_sparsity(linear)
 
 
 class _Branches(nn.Module):
@@ -54,6 +64,33 @@ def pointwise_then_average_pooling_beside_a_convolution() -> nn.Module:
 @merge_branches.fires_on(shape=(2, 4, 9, 8))
 def strided_branches_of_different_groups() -> nn.Module:
     return _Branches(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 8, 1, stride=2, groups=4)).eval()
+
+
+class _TwoSources(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 4, 1)
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        return torch.relu(self.first(y) - torch.tanh(x) + self.second(y) + y)
+
+
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        return torch.tanh(y + y)
+
+
+@merge_branches.fires_on(shape=(2, 4, 9, 8))
+def a_value_added_to_itself() -> nn.Module:
+    return _Twice().eval()
+
+
+@merge_branches.fires_on(shape=(2, 4, 9, 8))
+def branches_in_a_sum_with_something_else() -> nn.Module:
+    return _TwoSources().eval()
 
 
 @merge_branches.leaves_alone(shape=(2, 4, 9, 9), because="padding modes differ")

@@ -1,14 +1,19 @@
-"""An activation that has decayed is the identity: (1 - l) act(x) + l x = x at l = 1, slope 1, PReLU of ones."""
+"""An activation that has decayed is the identity: (1 - l) act(x) + l x = x at l = 1, slope 1, PReLU of ones.
+
+So is one whose input always lies where it is the identity, max(x, 0) = x for x >= 0: after another ReLU, a sigmoid, an
+average of those.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgc import Activation, Identity, Scale, Value, require, rewrite
+from rgc import Activation, Identity, Interval, Scale, Value, range_of, require, rewrite
 from rgc.nn import DecayedActivation
 
 
@@ -25,6 +30,41 @@ def remove_linear_activation(x: Value, activation: Annotated[Activation, has_slo
         slope = activation.option("negative_slope", 0.01)
     require(slope == 1, f"{activation.name} is not the identity: its negative slope is {slope:.6g}, not 1")
     return x
+
+
+def has_a_bound(x: Value) -> bool:
+    """Is anything known of the range of the value?"""
+    return not range_of(x).is_unbounded
+
+
+def is_identity_somewhere(activation: Activation) -> bool:
+    """Does the activation return its input on an interval?"""
+    return _identity_interval(activation) is not None
+
+
+@remove_linear_activation.also(lambda x, activation: activation(x), relies_on_range=True)
+def remove_inactive_activation(
+    x: Annotated[Value, has_a_bound], activation: Annotated[Activation, is_identity_somewhere]
+) -> Value:
+    found, wanted = range_of(x), _identity_interval(activation)
+    assert wanted is not None
+    require(found in wanted, f"{activation.name} takes part: its input may lie in {found}, not only in {wanted}")
+    return x
+
+
+def _identity_interval(activation: Activation) -> Interval | None:
+    """The widest interval around 0 or beside it on which the activation is the identity."""
+    match activation.name:
+        case "relu" | "leaky_relu" | "prelu" | "elu" | "celu" | "abs":
+            return Interval(0.0)
+        case "relu6":
+            return Interval(0.0, 6.0)
+        case "hardtanh":
+            return Interval(activation.option("min_val", -1.0), activation.option("max_val", 1.0))
+        case "clamp":
+            low, high = activation.option("min", -math.inf), activation.option("max", math.inf)
+            return Interval(low, high) if low <= high and low < math.inf and high > -math.inf else None
+    return None
 
 
 @remove_linear_activation.also(lambda x, activation, blend, skip: blend(activation(x)) + skip(x))
@@ -61,6 +101,21 @@ def leaky_relu_of_slope_one() -> nn.Module:
 @remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
 def prelu_of_ones() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4, init=1.0)).eval()
+
+
+@remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
+def relu_after_an_average_of_rectified_values() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+
+
+@remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
+def relu6_after_a_sigmoid() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.ReLU6()).eval()
+
+
+@remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="may lie in [-0.169971, inf), not only in [0, inf)")
+def relu_after_a_gelu() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.ReLU()).eval()
 
 
 @remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="lambda = 0.999")

@@ -10,6 +10,8 @@ from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
+from rgc.explain import explain
+from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
 from rgc.operators import (
     Activation,
@@ -20,15 +22,29 @@ from rgc.operators import (
     Constant,
     Flatten,
     Identity,
+    MaxPool,
     Multiply,
     Opaque,
     Structural,
     Unflatten,
+    Upsample,
+)
+from rgc.ranges import Interval, range_of
+from rgc.rearrange import (
+    Assign,
+    BorderFill,
+    Gather,
+    Pad,
+    PixelShuffle,
+    PixelUnshuffle,
+    Rearrangement,
+    Subsample,
 )
 from rgc.region import Join, Region
 from rgc.report import Firing, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
+from rgc.sparsity import regroup_by_sparsity
 from rgc.verify import verify
 
 from rgc import passes  # isort: skip  # the built-in passes use only the public names above
@@ -36,10 +52,12 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Firing",
-    "Flatten", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Join", "Linear", "Multiply",
-    "NotEquivalentError", "Opaque", "Operator", "Origin", "Plan", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "TensorType", "TraceError", "Unflatten", "Value", "Verification", "add",
-    "border", "compile", "compose", "graph_pass", "load", "models", "nn", "passes", "require", "rewrite", "save",
-    "testing", "unit", "verify",
+    "Activation", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "CompiledModule", "Concat", "Constant",
+    "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass", "Identity",
+    "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply", "NotEquivalentError", "Opaque", "Operator",
+    "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region",
+    "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten",
+    "Upsample", "Value", "Verification", "add", "border", "compile", "compose", "explain", "graph_pass", "load",
+    "models", "nn", "passes", "range_of", "regroup_by_sparsity", "require", "rewrite", "save", "testing", "unit",
+    "verify",
 ]  # fmt: skip

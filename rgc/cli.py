@@ -103,6 +103,11 @@ _OBJECTIVE = click.option(
     help="What a merge has to improve.",
 )  # fmt: skip
 _TARGET = click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Whose cost model says what pays.")
+_EXPLAIN = click.option(
+    "--explain", "where", metavar="WHERE",
+    help="Say why a layer (layer1.0.conv1), each in a part (layer1.0) or a pair (conv1,conv2) is merged or not, "
+    "what would have to change, and what it would gain.",
+)  # fmt: skip
 _LEVEL = click.option(
     "--verify", "level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
     help="How many inputs the proof draws.",
@@ -145,7 +150,7 @@ Examples:
 @click.option("--report", metavar="FILE.json", help="Write the report here as well.")
 @_options(_LEVEL)
 @click.option("--strict", is_flag=True, help="Stop at the first rewrite whose check fails, instead of undoing it.")
-@_options(*_LOADING, _PLUGIN)
+@_options(_EXPLAIN, *_LOADING, _PLUGIN)
 def compile_command(
     model: str,
     passes: str,
@@ -157,6 +162,7 @@ def compile_command(
     report: str | None,
     level: Any,
     strict: bool,
+    where: str | None,
     inputs: tuple[str, ...],
     arch: str | None,
     trust: bool,
@@ -173,6 +179,7 @@ def compile_command(
     from rgc.cli_options import Destination, chosen_passes, example_for, parse_inputs
     from rgc.cli_output import console, print_written, progress
     from rgc.compiler import compile, require_eval
+    from rgc.explain import explain
 
     specs = parse_inputs(inputs)
     destination = Destination.of(model, output, format_, report)
@@ -181,6 +188,10 @@ def compile_command(
         original = load_original(model, arch, trust)
     require_eval(original)
     example = example_for(original, specs)
+    explained = None
+    if where is not None:  # first, so that a misspelt name is found before the work is done
+        with progress(f"looking at {where}"):
+            explained = explain(original, example, where, passes=chosen, objective=objective, target=target)
     with progress(f"compiling {type(original).__name__}"):
         compiled = compile(
             original, example, passes=chosen, objective=objective, target=target,
@@ -190,24 +201,28 @@ def compile_command(
         written = write(compiled, destination, model)
     out = console()
     out.print(compiled.report)
+    if explained is not None:
+        out.print("", explained, "", sep="\n")
     print_written(out, written)
 
 
 @cli.command(
     "inspect",
-    short_help="Print the graph of a model.",
+    short_help="Print the graph of a model, or explain a layer.",
     epilog="""\b
 Examples:
   rgc inspect model.pt
   rgc inspect model.pt --passes fold_batchnorm,merge_branches
-  rgc inspect zoo:reducenet20 --passes all --objective depth""",
+  rgc inspect zoo:reducenet20 --passes all --objective depth
+  rgc inspect model.pt --explain layer1.0.conv1,layer1.0.conv2""",
 )
 @click.argument("model")
 @click.option("--passes", metavar="NAMES", help="Show the graph after these passes, named as in rgc compile.")
-@_options(_OBJECTIVE, _TARGET, *_LOADING, _PLUGIN)
+@_options(_EXPLAIN, _OBJECTIVE, _TARGET, *_LOADING, _PLUGIN)
 def inspect_command(
     model: str,
     passes: str | None,
+    where: str | None,
     objective: Any,
     target: str | None,
     inputs: tuple[str, ...],
@@ -215,21 +230,32 @@ def inspect_command(
     trust: bool,
     plugins: tuple[str, ...],
 ) -> None:
-    """Print the graph that rgc sees in MODEL, each value with its layer and its source line."""
+    """Print the graph that rgc sees in MODEL, each value with its layer and its source line.
+
+    With --explain, say instead what the passes (by default those of rgc compile) make of one layer, and why.
+    """
     from rgc.cli_files import load_original
     from rgc.cli_options import chosen_passes, example_for, parse_inputs
     from rgc.cli_output import console, print_trace, progress
     from rgc.compiler import require_eval, trace
+    from rgc.explain import explain
 
     specs = parse_inputs(inputs)
+    if where is not None and passes is None:
+        passes = "default"
     if passes is None and plugins:
         raise InputError("--plugin: say with --passes which passes to show, e.g. --passes default")
     chosen = [] if passes is None else chosen_passes(passes, plugins)
     with progress(f"loading {model}"):
         original = load_original(model, arch, trust)
     require_eval(original)
+    example = example_for(original, specs)
+    if where is not None:
+        with progress(f"looking at {where}"):
+            explained = explain(original, example, where, passes=chosen, objective=objective, target=target)
+        console().print(explained)
+        return
     with progress(f"tracing {type(original).__name__}"):
-        example = example_for(original, specs)
         traced = trace(original, example, passes=chosen, objective=objective, target=target)
     print_trace(console(), type(original).__name__, traced)
 

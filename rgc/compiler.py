@@ -147,13 +147,18 @@ def compile(
 
 @dataclass(frozen=True)
 class Trace:
-    """A model as rgc sees it, before or after some passes, without a proof of the whole: for looking at."""
+    """A model as rgc sees it, before or after some passes, without a proof of the whole: for looking at.
+
+    ``original`` is the graph before the passes; ``record`` is the engine's, by value of ``graph``.
+    """
 
     graph: Graph
     tier: str
     notes: tuple[str, ...]
     rewrites: list[Firing]
     refusals: list[Refused]
+    original: Graph
+    record: Record
 
 
 def trace(
@@ -178,7 +183,8 @@ def trace(
         fixed=fixed, tolerance=subject.tolerance, compile_child=_no_child,
     )  # fmt: skip
     graph, record = _rewritten(subject, captured, chosen, Policy(objective, target_named(target)))
-    return Trace(graph, captured.tier, captured.notes, record.firings, record.refused(graph))
+    refusals = record.refused(graph)
+    return Trace(graph, captured.tier, captured.notes, record.firings, refusals, captured.graph, record)
 
 
 def require_eval(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from rgc.algebra import Conv
 from rgc.errors import InputError
 from rgc.ir import Input, TensorType, Value
 from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten
+from rgc.rearrange import BorderFill, Gather, Rearrangement
 
 Objective = Literal["latency", "depth", "macs", "params"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
@@ -34,9 +35,18 @@ class Target:
         """Estimated time of the operator that makes ``value``, at the example's shapes."""
         if isinstance(value.op, Input | Constant | Structural | Flatten | Unflatten):
             return 0.0
+        if isinstance(value.op, Rearrangement) and value.op.is_view:
+            return 0.0 if isinstance(value.op, Gather) else self._copied_by_the_reader(value)
+        if isinstance(value.op, BorderFill):
+            return len(value.op.assignments) * self.overhead
         compute = 2 * macs(value) / (self.peak * self.efficiency[_kernel_class(value)])
         calls = 1 + len(_extras(value))
         return calls * self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
+
+    def _copied_by_the_reader(self, value: Value) -> float:
+        """A view with gaps is free, but kernels read contiguous memory, so who reads it makes a copy."""
+        assert value.type is not None
+        return 2 * math.prod(value.type.shape) * value.type.dtype.itemsize / self.bandwidth
 
 
 CPU = Target(
@@ -91,6 +101,8 @@ def _layers(value: Value) -> float:
     if isinstance(value.op, Input | Constant):
         return 0.0
     if isinstance(value.op, Structural | Flatten | Unflatten):
+        return 0.01
+    if isinstance(value.op, Rearrangement) and value.op.is_view:
         return 0.01
     return 1.0 + 0.1 * len(_extras(value))
 

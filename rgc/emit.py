@@ -28,10 +28,13 @@ from rgc.operators import (
     Constant,
     Flatten,
     Identity,
+    MaxPool,
     Multiply,
     Slot,
     Unflatten,
+    Upsample,
 )
+from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 
 
 def emit(graph: Graph, dtype: torch.dtype | None) -> fx.GraphModule:
@@ -60,10 +63,26 @@ def _layer_names(op: Operator) -> list[str]:
             return [f"BatchNorm{max(op.axes, 1)}d"]
         case AvgPool():
             return [f"AvgPool{op.spatial}d"]
+        case MaxPool():
+            return [f"MaxPool{op.spatial}d"]
+        case Upsample():
+            return ["Upsample"]
         case Activation():
             return ["PReLU" if op.weight is not None else getattr(_ACTIVATIONS.get(op.name), "__name__", op.name)]
         case Concat():
             return ["cat"]
+        case Gather():
+            return [] if op.is_view else [getattr(op.steps[0][0], "__name__", "")]
+        case Pad():
+            return [] if op.is_view else [type(_pad_layer(op)).__name__, *_setitems(op)]
+        case Subsample():
+            return []
+        case PixelUnshuffle(places=tuple()):
+            return ["cat"]
+        case PixelShuffle() | PixelUnshuffle():
+            return [type(op).__name__]
+        case BorderFill():
+            return ["setitem"] * len(op.assignments)
         case Input() | Constant() | Identity() | Flatten() | Unflatten():
             return []
         case Call():
@@ -79,6 +98,7 @@ class _Emitter:
         self.nodes: dict[Value, fx.Node] = {}
         self.modules: dict[int, str] = {}  # id of an operator or module -> path, so that what is shared stays shared
         self.parameters: dict[Any, tuple[Tensor, nn.Parameter]] = {}  # by the memory they came from, kept alive
+        self.calls: dict[tuple[fx.Node, Any, str], fx.Node] = {}  # of selections, by what is called
         self.names: set[str] = set()
         self.containers: set[str] = set()
 
@@ -148,6 +168,10 @@ class _Emitter:
                 return self._module(value, lambda: _batch_norm(op, self._cast, self._parameter), inputs[0])
             case AvgPool():
                 return self._module(value, lambda: _avg_pool(op), inputs[0])
+            case MaxPool():
+                return self._module(value, lambda: _max_pool(op), inputs[0])
+            case Upsample():
+                return self._module(value, lambda: _upsample(op), inputs[0])
             case Activation():
                 return self._activation(value, op, inputs[0])
             case Identity():
@@ -164,6 +188,23 @@ class _Emitter:
                 return self._function(value, torch.cat, inputs, op.axis)
             case Constant():
                 return self._constant(value, op.tensor)
+            case Gather():
+                return self._gather(value, op, inputs[0])
+            case Pad():
+                return self._pad(value, op, inputs[0])
+            case Subsample():
+                return self._function(value, operator.getitem, inputs[0], op.index)
+            case PixelShuffle():
+                return self._module(value, lambda: nn.PixelShuffle(op.factor), inputs[0])
+            case PixelUnshuffle(places=tuple()):
+                parts = [self._function(value, operator.getitem, inputs[0], index) for index in op.indices]
+                return self._function(value, torch.cat, parts, -3)
+            case PixelUnshuffle():
+                return self._module(value, lambda: nn.PixelUnshuffle(op.factor), inputs[0])
+            case BorderFill():
+                return self._assigned(value, op, self._own(value, inputs[0]))
+            case Assign():
+                return self._assign(value, op, inputs)
             case Call():
                 return self._call(value, op, inputs)
         raise GraphError(f"{value.where}: no layer for the operator {op.label}")
@@ -204,13 +245,50 @@ class _Emitter:
     def _activation(self, value: Value, op: Activation, x: fx.Node) -> fx.Node:
         make = _ACTIVATIONS.get(op.name)
         if make is None and op.name != "prelu":
-            return self._function(value, getattr(F, op.name), x, **dict(op.options))
+            return self._function(value, op.function, x, **dict(op.options))
         overwrite = op.inplace and self._may_overwrite(value.inputs[0])
         return self._module(value, lambda: _activation_layer(op, overwrite, self._parameter), x, shared=not overwrite)
 
     def _may_overwrite(self, value: Value) -> bool:
         """Nobody else reads the value, and its memory is its own."""
-        return self.source.use_count(value) == 1 and value.op.fresh and not isinstance(value.op, Input | Scale)
+        fresh = value.op.fresh or (isinstance(value.op, Pad) and not value.op.is_view)
+        return self.source.use_count(value) == 1 and fresh and not isinstance(value.op, Input | Scale)
+
+    def _gather(self, value: Value, op: Gather, x: fx.Node) -> fx.Node:
+        for function, args in op.steps:
+            args = tuple(self._constant(value, arg, "index") if isinstance(arg, Tensor) else arg for arg in args)
+            known = (x, function, repr(args))  # the pieces of one chunk() share the call
+            if known not in self.calls:
+                self.calls[known] = self._function(value, function, x, *args)
+            x = self.calls[known]
+        return x
+
+    def _pad(self, value: Value, op: Pad, x: fx.Node) -> fx.Node:
+        if op.is_view:
+            return self._function(value, operator.getitem, x, slices(op.padding))
+        x = self._module(value, lambda: _pad_layer(op), x)
+        return x if not _setitems(op) else self._assigned(value, _fill_of(op), x)
+
+    def _own(self, value: Value, x: fx.Node) -> fx.Node:
+        """The input of ``value`` as a tensor that it may overwrite."""
+        return x if self._may_overwrite(value.inputs[0]) else self.graph.call_method("clone", (x,))
+
+    def _assigned(self, value: Value, op: BorderFill, y: fx.Node) -> fx.Node:
+        filling: Any = float(op.value) if op.value.numel() == 1 else self._constant(value, op.filling, "border")
+        for index in op.assignments:
+            self._function(value, operator.setitem, y, index, filling)
+        return y
+
+    def _assign(self, value: Value, op: Assign, inputs: list[fx.Node]) -> fx.Node:
+        index, assigned = op.filled(tuple(inputs))
+        index, assigned = tree_map(
+            lambda leaf: self._constant(value, leaf) if isinstance(leaf, Tensor) else leaf,
+            (index, assigned),
+            is_leaf=_is_node,
+        )
+        y = self._own(value, inputs[0])
+        self._function(value, operator.setitem, y, index, assigned)
+        return y
 
     def _call(self, value: Value, op: Call, inputs: list[fx.Node]) -> fx.Node:
         args = tree_map(lambda leaf: inputs[leaf.index] if isinstance(leaf, Slot) else leaf, op.args, is_leaf=_is_slot)
@@ -352,6 +430,24 @@ def _padding_layer(op: Conv) -> nn.Module:
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
+def _pad_layer(op: Pad) -> nn.Module:
+    kinds: dict[str, Any] = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}
+    constant = op.value is not None and op.value.numel() == 1
+    kind = getattr(nn, f"{kinds.get(op.mode, 'ConstantPad' if constant else 'ZeroPad')}{op.spatial}d")
+    layer: nn.Module = kind(op.amounts, float(op.value)) if constant and op.value is not None else kind(op.amounts)
+    return layer
+
+
+def _setitems(op: Pad) -> list[str]:
+    return [] if op.value is None or op.value.numel() == 1 else ["setitem"] * len(_fill_of(op).assignments)
+
+
+def _fill_of(op: Pad) -> BorderFill:
+    """What puts one value per channel where the layer has put zeros."""
+    assert op.value is not None
+    return BorderFill(tuple((max(before, 0), max(after, 0)) for before, after in op.padding), op.value)
+
+
 def _batch_norm(op: BatchNorm, cast: Any, parameter: Any) -> nn.Module:
     kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[op.axes]
     layer = kind(
@@ -376,6 +472,16 @@ def _avg_pool(op: AvgPool) -> nn.Module:
     kind: Any = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[op.spatial]
     layer: nn.Module = kind(op.window, op.stride, op.padding, **options)
     return layer
+
+
+def _max_pool(op: MaxPool) -> nn.Module:
+    kind: Any = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[op.spatial]
+    layer: nn.Module = kind(op.window, op.stride, op.padding, op.dilation, ceil_mode=op.ceil_mode)
+    return layer
+
+
+def _upsample(op: Upsample) -> nn.Module:
+    return nn.Upsample(op.size, op.scale_factor, op.mode, op.align_corners, op.recompute_scale_factor)
 
 
 def _activation_layer(op: Activation, overwrite: bool, parameter: Any) -> nn.Module:

@@ -20,7 +20,8 @@ from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.proof import check_firing
-from rgc.region import affine_regions, join_at
+from rgc.ranges import Interval, range_of
+from rgc.region import affine_regions, join_at, partial_joins_at
 from rgc.report import Failure, Firing, Refused
 from rgc.rewrite import Case, GraphPass, Match, Pass, Rewrite, observed, unread_geometry
 
@@ -127,13 +128,17 @@ class _Worklist:
         for rewrite, case in self.local:
             if self._try_all(rewrite, value, case.match(value), case):
                 return
-        join = join_at(value, self.order) if self.regional else None
-        if join is None:
-            return
         for rewrite, case in self.regional:
-            match = case.match_region(join)
-            if match is not None and self._try_all(rewrite, value, iter([match]), case):
+            if self._try_all(rewrite, value, self._joins(case, value), case):
                 return
+
+    def _joins(self, case: Case, value: Value) -> Iterator[Match]:
+        """The branches that meet in ``value``, all of them first."""
+        join = join_at(value, self.order)
+        whole = None if join is None else case.match_region(join)
+        if whole is not None:
+            yield whole
+        yield from filter(None, map(case.match_partial, partial_joins_at(value, self.graph)))
 
     def _visit_regions(self) -> bool:
         """Whole maximal regions come last, when nothing local fires any more; True if one fired."""
@@ -162,42 +167,37 @@ class _Worklist:
 
     def _fire(self, rewrite: Rewrite, case: Case, match: Match) -> None:
         root = match.root
-        new = _build(rewrite, case, match)
-        _require_same_type(rewrite, root, new)
+        replacement = build(rewrite, case, match)
+        _require_same_type(rewrite, match.target, replacement)
+        new = match.embed(replacement)
         added = topological([new], known=self.graph.__contains__)
-        for value in added:
-            value.op = value.op.__dict__.get("_original", value.op)
         dying = _dying(self.graph, match)
         self._require_gain(dying, added, match)
-        error = check_firing(root, new, [value for value in match.values.values() if value not in match.interior])
+        sources = [value for value in match.values.values() if value not in match.interior]
+        ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
+        error = check_firing(match.target, replacement, sources, ranges=ranges)
         self.uses.update(id(value.op) for value in added)
         self.uses.subtract(id(value.op) for value in dying)
-        self._replace(match, new, added)
-        kind = _evidence_class(match, added, error)
-        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, tuple(v.op.label for v in added)))
+        origin = _merged_origin(match)
+        self._replace(match, new, added, origin)
+        kind = "range-conditional" if case.relies_on_range else _evidence_class(match, added, error)
+        labels = tuple(value.op.label for value in added)
+        condition = _condition(ranges)
+        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths, condition))
 
     def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
-        objective, target = self.policy.objective, self.policy.target
         kept = next((value for value in match.interior if value not in dying), None)
-        if objective == "params":  # those of an operator that other values share stay
+        if self.policy.objective == "params":  # those of an operator that other values share stay
             dying, added = self._freed(dying), list({id(value.op): value for value in added}.values())
-        before, after = (cost(values, objective, target) for values in (dying, added))
-        if after < before or (kept is None and after <= before * (1 + 1e-9)):
-            return
-        require(kept is None, f"saves nothing: {kept.where if kept else ''} is also used elsewhere")
-        if objective == "latency":
-            raise Refusal(f"estimated slower on {target.name}: {after * 1e3:.3g} ms instead of {before * 1e3:.3g} ms")
-        unit = {"depth": "layers", "macs": "multiply-accumulates", "params": "parameters"}[objective]
-        raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
+        require_gain(self.policy, dying, added, kept)
 
     def _freed(self, dying: list[Value]) -> list[Value]:
         gone = Counter(id(value.op) for value in dying)
         return list({id(v.op): v for v in dying if gone[id(v.op)] == self.uses[id(v.op)]}.values())
 
-    def _replace(self, match: Match, new: Value, added: list[Value]) -> None:
+    def _replace(self, match: Match, new: Value, added: list[Value], origin: Origin) -> None:
         root = match.root
         nearby = {user for value in match.values.values() for user in self.graph.users(value)}
-        origin = _merged_origin(match)
         for value in added:
             value.origin, value.name = origin, root.name
         high = self.order[root]
@@ -213,7 +213,8 @@ class _Worklist:
                 self.pending.append(value)
 
 
-def _build(rewrite: Rewrite, case: Case, match: Match) -> Value:
+def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
+    """What ``rewrite`` makes of a match; raises its `Refusal`, and a `GraphError` where it breaks its contract."""
     operators = {name: observed(op) for name, op in match.operators.items()}
     try:
         new = case.build(**match.values, **operators)
@@ -223,12 +224,28 @@ def _build(rewrite: Rewrite, case: Case, match: Match) -> Value:
         raise GraphError(_raised(error)) from error
     if not isinstance(new, Value):
         raise GraphError(f"it must return a Value, returned {type(new).__name__}")
-    reused = {id(value.op) for value in topological([new], known=set(match.values.values()).__contains__)}
+    made = topological([new], known=set(match.values.values()).__contains__)
+    reused = {id(value.op) for value in made}
     for name, op in operators.items():
         unread = [] if id(op) in reused else unread_geometry(op)
         found = ", ".join(f"{field_name}={op.__dict__[field_name]}" for field_name in unread)
         require(not unread, f"the rule does not read {found} of {name} ({op.label})")
+    for value in made:
+        value.op = value.op.__dict__.get("_original", value.op)
     return new
+
+
+def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: Value | None) -> None:
+    """Refuse to put ``added`` in the place of ``dying`` where that does not pay; ``kept`` is matched but needed."""
+    objective, target = policy.objective, policy.target
+    before, after = (cost(values, objective, target) for values in (dying, added))
+    if after < before or (kept is None and after <= before * (1 + 1e-9)):
+        return
+    require(kept is None, f"saves nothing: {kept.where if kept else ''} is also used elsewhere")
+    if objective == "latency":
+        raise Refusal(f"estimated slower on {target.name}: {after * 1e3:.3g} ms instead of {before * 1e3:.3g} ms")
+    unit = {"depth": "layers", "macs": "multiply-accumulates", "params": "parameters"}[objective]
+    raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
 
 
 def _require_same_type(rewrite: Rewrite, root: Value, new: Value) -> None:
@@ -263,6 +280,10 @@ def _merged_origin(match: Match) -> Origin:
     return origin
 
 
+def _condition(ranges: dict[Value, Interval]) -> str:
+    return "; ".join(f"{value.where} in {interval}" for value, interval in ranges.items() if not interval.is_unbounded)
+
+
 def _evidence_class(match: Match, added: list[Value], error: float) -> str:
     if any({"add", "ones", "sub"} & set(value.op.extras) for value in added if isinstance(value.op, Conv)):
         return "exact+corrected"
@@ -293,9 +314,15 @@ def _run_graph_passes(
             graph = backup
         else:
             summary = f"{len(backup)} -> {len(changed)} values"
-            record.firings.append(Firing(each.name, "model", "exact", error, (summary,)))
+            remaining = _paths(changed)
+            lost = tuple(path for path in _paths(backup) if path not in remaining)
+            record.firings.append(Firing(each.name, "model", "exact", error, (summary,), lost))
             graph = changed
     return graph
+
+
+def _paths(graph: Graph) -> dict[str, None]:
+    return dict.fromkeys(path for value in graph.nodes() for path in value.origin.paths)
 
 
 def _changed_by(each: GraphPass, graph: Graph) -> Graph:
@@ -303,7 +330,7 @@ def _changed_by(each: GraphPass, graph: Graph) -> Graph:
         changed = each.run(graph)
     except RgcError:
         raise
-    except Exception as error:  # as in _build
+    except Exception as error:  # as in build
         raise GraphError(_raised(error)) from error
     if not isinstance(changed, Graph):
         raise GraphError(f"it must return a Graph, returned {type(changed).__name__}")
@@ -333,4 +360,4 @@ def _exhausted(policy: Policy, record: Record) -> bool:
     return policy.limit is not None and len(record.firings) >= policy.limit
 
 
-__all__ = ["Policy", "Record", "apply", "copy_graph"]
+__all__ = ["Policy", "Record", "apply", "build", "copy_graph", "require_gain"]

@@ -13,7 +13,20 @@ from torch import Tensor
 
 from rgc.algebra import Conv, Scale
 from rgc.ir import Input, Operator, Value
-from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Identity, Multiply, Opaque, Slot, Structural
+from rgc.operators import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Identity,
+    MaxPool,
+    Multiply,
+    Opaque,
+    Slot,
+    Structural,
+    Upsample,
+)
 
 
 class Lifting(Protocol):
@@ -114,6 +127,42 @@ def avg_pool(rank: int) -> Handler:
     return handle
 
 
+def max_pool(rank: int) -> Handler:
+    def handle(lifter: Lifting, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+               ceil_mode: bool = False, return_indices: bool = False) -> Value | None:  # fmt: skip
+        if return_indices or not isinstance(x, Value):
+            return None
+        window = _tuple(kernel_size, rank)
+        step = window if stride is None or stride == () or stride == [] else _tuple(stride, rank)
+        return lifter.emit(MaxPool(window, step, _tuple(padding, rank), _tuple(dilation, rank), ceil_mode), x)
+
+    return handle
+
+
+def upsample(lifter: Lifting, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+             align_corners: Any = None, recompute_scale_factor: Any = None,
+             antialias: bool = False) -> Value | None:  # fmt: skip
+    if not isinstance(x, Value) or antialias or not _are_floating(lifter, x):
+        return None
+    rank = len(lifter.shape(x)) - 2
+    given = [each if isinstance(each, list | tuple) else (each,) for each in (size, scale_factor)]
+    if not 1 <= rank <= 3 or not all(each is None or isinstance(each, int | float) for each in (*given[0], *given[1])):
+        return None  # a size that depends on the input
+    to, by = (None if None in each else tuple(each) * (rank if len(each) == 1 else 1) for each in given)
+    return lifter.emit(Upsample(rank, to, by, mode, align_corners, recompute_scale_factor), x)
+
+
+def _aten_upsample(mode: str, corners: bool) -> Handler:
+    """The overload ``vec``: of a size or scale factors, with corners to align where the mode has them."""
+
+    def handle(lifter: Lifting, x: Any, size: Any, *rest: Any) -> Value | None:
+        if len(rest) != 1 + corners or (size is None) == (rest[-1] is None):
+            return None
+        return upsample(lifter, x, size, rest[-1], mode, rest[0] if corners else None)
+
+    return handle
+
+
 def activation(name: str) -> Handler:
     def handle(lifter: Lifting, x: Any, *args: Any, **options: Any) -> Value | None:
         if args and name in _POSITIONAL:
@@ -126,6 +175,35 @@ def activation(name: str) -> Handler:
         return lifter.emit(Activation(name, tuple(sorted(numbers.items()))), x)
 
     return handle
+
+
+def elementwise(name: str) -> Handler:
+    """A function of ``torch`` without options, which makes other types of integers."""
+
+    def handle(lifter: Lifting, x: Any) -> Value | None:
+        return lifter.emit(Activation(name), x) if _are_floating(lifter, x) else None
+
+    return handle
+
+
+def _clamp(lifter: Lifting, x: Any, min: Any = None, max: Any = None) -> Value | None:
+    bounds = tuple((name, _number(bound)) for name, bound in (("max", max), ("min", min)) if bound is not None)
+    if not _are_floating(lifter, x) or not all(isinstance(bound, int | float) for _, bound in bounds):
+        return None
+    return lifter.emit(Activation("clamp", bounds), x)
+
+
+def _clamp_min(lifter: Lifting, x: Any, min: Any) -> Value | None:
+    return _clamp(lifter, x, min)
+
+
+def _clamp_max(lifter: Lifting, x: Any, max: Any) -> Value | None:
+    return _clamp(lifter, x, None, max)
+
+
+def _power(lifter: Lifting, x: Any, exponent: Any) -> Value | None:
+    square = not isinstance(exponent, Value) and _number(exponent) == 2
+    return elementwise("square")(lifter, x) if square else None
 
 
 def prelu(lifter: Lifting, x: Any, weight: Any) -> Value | None:
@@ -213,31 +291,46 @@ def _concat(lifter: Lifting, tensors: Any, dim: int = 0, axis: int | None = None
 
 
 def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | None:
-    """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest."""
+    """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest.
+
+    ``x.reshape(x.size(0), x.size(1), -1)`` keeps both axes and flattens what is behind them.
+    """
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
     if options or not isinstance(x, Value) or not sizes or not isinstance(sizes[0], Value):
         return None
-    if any(isinstance(n, Value) for n in sizes[1:]) or not _is_batch_size(lifter, sizes[0], x):
+    kept = sum(isinstance(n, Value) for n in sizes)
+    if kept > len(lifter.shape(x)) or not all(_is_length(lifter, n, x, axis) for axis, n in enumerate(sizes[:kept])):
         return None
-    if sizes[1:] == (-1,):
-        return lifter.emit(Structural(torch.flatten, (Slot(0), 1)), x)
-    if -1 in sizes:
+    if sizes[kept:] == (-1,) and kept < len(lifter.shape(x)):
+        return lifter.emit(Structural(torch.flatten, (Slot(0), kept)), x)
+    if kept > 1 or -1 in sizes:
         return None
     return lifter.emit(Structural(torch.reshape, (Slot(0), (-1, *sizes[1:]))), x)
 
 
-def _is_batch_size(lifter: Lifting, size: Value, x: Value) -> bool:
-    """Is ``size`` the length of the first axis of ``x``, or of an input of that length?"""
+def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
+    """Is ``size`` the length of this axis of ``x`` at every size, or of an input's first axis, for the batch?"""
+    if not isinstance(size, Value):
+        return False
     measured = size.inputs[0] if size.inputs else size
     args = size.op.args if isinstance(size.op, Opaque | Structural) else ()
-    if size.op.label == "getitem" and args[1:] == (0,):  # x.shape[0], x.size()[0]
+    if size.op.label == "getitem" and args[1:] == (axis,):  # x.shape[0], x.size()[0]
         if measured.op.label not in {"getattr", "size"}:
             return False
         measured = measured.inputs[0]
-    elif args[1:] != (0,) or size.op.label not in {"size", "sym_size.int"}:
+    elif args[1:] != (axis,) or size.op.label not in {"size", "sym_size.int"}:
         return False
-    same = measured is x or isinstance(measured.op, Input)
-    return same and lifter.real.get(size) == lifter.shape(x)[0]
+    same = measured in _of_one_shape(x) or (axis == 0 and isinstance(measured.op, Input))
+    return same and lifter.real.get(size) == lifter.shape(x)[axis]
+
+
+def _of_one_shape(x: Value) -> list[Value]:
+    """``x`` and the values before it that have its shape at every size."""
+    found = [x]
+    while isinstance(x.op, Activation | BatchNorm | Identity | Scale):
+        x = x.inputs[0]
+        found.append(x)
+    return found
 
 
 FUNCTIONS: dict[str, Handler] = {
@@ -246,6 +339,10 @@ FUNCTIONS: dict[str, Handler] = {
     "conv_transpose1d": conv_transpose, "conv_transpose2d": conv_transpose, "conv_transpose3d": conv_transpose,
     "linear": linear, "batch_norm": batch_norm,
     "avg_pool1d": avg_pool(1), "avg_pool2d": avg_pool(2), "avg_pool3d": avg_pool(3),
+    "max_pool1d": max_pool(1), "max_pool2d": max_pool(2), "max_pool3d": max_pool(3), "interpolate": upsample,
+    "abs": elementwise("abs"), "absolute": elementwise("abs"), "exp": elementwise("exp"), "sqrt": elementwise("sqrt"),
+    "square": elementwise("square"), "pow": _power, "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp_min,
+    "clamp_max": _clamp_max,
     "add": _add, "radd": _add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
     "mul": _multiply, "rmul": _multiply, "multiply": _multiply, "div": _divide, "truediv": _divide,
     "true_divide": _divide, "divide": _divide, "neg": _negate, "negative": _negate, "lerp": _lerp,
@@ -267,6 +364,12 @@ ATEN: dict[str, Handler] = {
     "batch_norm": _aten_batch_norm,
     "_native_batch_norm_legit_no_training": _aten_batch_norm_no_training,
     "convolution": _aten_convolution,
+    **{f"upsample_nearest{rank}d": _aten_upsample("nearest", corners=False) for rank in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{rank}d": _aten_upsample("nearest-exact", corners=False) for rank in (1, 2, 3)},
+    **{
+        f"upsample_{mode}{rank}d": _aten_upsample(mode, corners=True)
+        for rank, mode in ((1, "linear"), (2, "bilinear"), (2, "bicubic"), (3, "trilinear"))
+    },
 }
 
 #: Calls that are affine in their one tensor input, whatever their other arguments are.

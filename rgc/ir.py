@@ -91,6 +91,19 @@ class Operator(ABC):
         """Does the operator accept every spatial size, not only the example's?"""
         return True
 
+    def resampled(self, given: TensorType) -> int | None:
+        """How many of the last axes of such a tensor it resamples (or averages away), each sample and channel alike.
+
+        None where it is no resampling. One that is affine commutes with any map of the channels, but for what the map
+        adds: see `keeps_constants`.
+        """
+        return None
+
+    @property
+    def keeps_constants(self) -> bool:
+        """Does it turn a constant into the same constant? Asked of resamplings: counted padding does not."""
+        return False
+
     def cast(self, dtype: torch.dtype) -> Self:
         """The same operator with its floating-point parameters in ``dtype``."""
         changed: dict[str, Any] = {}

@@ -25,7 +25,9 @@ from rgc.errors import TraceError
 from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler
 from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
 from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler
-from rgc.operators import Activation, Constant, Opaque, Slot, Structural
+from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural
+from rgc.rearrange import Subsample
+from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS, call_name
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class _Lifter:
         value = Value(op, inputs, self._type(result), self._origin(), self.node.name if self.node else "")
         self.real[value] = result
         self.made.append(value)
+        for used in self._looked_through(value):
+            self.bound[used] += 1
         return value
 
     def shape(self, value: Value) -> tuple[int, ...]:
@@ -153,9 +157,12 @@ class _Lifter:
             handler, leading = (ATEN.get(name) if aten else None) or FUNCTIONS.get(name), [self]
         if "input" in kwargs and not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-        if handler is None or not _accepts(handler, *leading, *args, **kwargs):
-            return None
-        return handler(*leading, *args, **kwargs)
+        for each in (None if isinstance(target, nn.Module) else REARRANGEMENTS.get(name), handler):
+            if each is not None and _accepts(each, *leading, *args, **kwargs):
+                result = each(*leading, *args, **kwargs)
+                if result is not None:
+                    return result
+        return None
 
     def _opaque(self, node: fx.Node, target: Any, name: str, inplace: bool, args: Any, kwargs: Any) -> Value:
         if inplace:
@@ -218,7 +225,18 @@ class _Lifter:
         self.bound[value] -= 1
         if not self.bound[value]:
             del self.bound[value]
-            self.real.pop(value, None)
+            self._drop(value)
+
+    def _drop(self, value: Value) -> None:
+        if self.real.pop(value, None) is not None:
+            for used in self._looked_through(value):
+                self._release(used)
+
+    def _looked_through(self, value: Value) -> tuple[Value, ...]:
+        """What a value keeps alive: a handler that knows its form will read its input instead."""
+        if isinstance(value.op, Call):
+            return value.inputs if call_name(value.op) in LOOKED_THROUGH else ()
+        return value.inputs if isinstance(value.op, Subsample) else ()
 
     def _forget(self, node: fx.Node) -> None:
         for used in dict.fromkeys([*node.all_input_nodes, node]):
@@ -229,7 +247,7 @@ class _Lifter:
                 self.memory.pop(used, set()).discard(used)
         for value in self.made:  # intermediate values of handlers
             if value not in self.bound:
-                self.real.pop(value, None)
+                self._drop(value)
         self.made = []
 
     def _shares_memory(self, node: fx.Node, used: fx.Node) -> bool:
@@ -286,7 +304,7 @@ def _canonical(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str,
             return name, False
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    inplace = bool(kwargs.get("inplace", False))
+    inplace = bool(kwargs.get("inplace", False)) or target is operator.setitem
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
     elif name.endswith("_") and not name.endswith("__"):

@@ -17,9 +17,17 @@ from rgc.functions import (
     conv_transpose,
     dropout,
     linear,
+    max_pool,
     prelu,
+    upsample,
 )
 from rgc.operators import BatchNorm, Identity
+from rgc.rearrange_calls import (
+    channel_shuffle_module,
+    pad_module,
+    pixel_shuffle_module,
+    pixel_unshuffle_module,
+)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -69,6 +77,21 @@ def _avg_pool_module(rank: int) -> Handler:
     return handle
 
 
+def _max_pool_module(rank: int) -> Handler:
+    def handle(lifter: Lifting, module: Any, x: Any) -> Any:
+        return max_pool(rank)(
+            lifter, x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
+            module.return_indices,
+        )  # fmt: skip
+
+    return handle
+
+
+def _upsample_module(lifter: Lifting, module: Any, x: Any) -> Any:
+    return upsample(lifter, x, module.size, module.scale_factor, module.mode, module.align_corners,
+                    module.recompute_scale_factor)  # fmt: skip
+
+
 def _activation_module(name: str, *options: str) -> Handler:
     def handle(lifter: Lifting, module: Any, x: Any) -> Any:
         result = activation(name)(lifter, x, **{option: getattr(module, option) for option in options})
@@ -109,6 +132,8 @@ MODULES: dict[type[nn.Module], Handler] = {
     nn.BatchNorm1d: _batch_norm_module, nn.BatchNorm2d: _batch_norm_module, nn.BatchNorm3d: _batch_norm_module,
     nn.SyncBatchNorm: _batch_norm_module,
     nn.AvgPool1d: _avg_pool_module(1), nn.AvgPool2d: _avg_pool_module(2), nn.AvgPool3d: _avg_pool_module(3),
+    nn.MaxPool1d: _max_pool_module(1), nn.MaxPool2d: _max_pool_module(2), nn.MaxPool3d: _max_pool_module(3),
+    nn.Upsample: _upsample_module,
     nn.ReLU: _activation_module("relu"), nn.ReLU6: _activation_module("relu6"),
     nn.LeakyReLU: _activation_module("leaky_relu", "negative_slope"), nn.ELU: _activation_module("elu", "alpha"),
     nn.CELU: _activation_module("celu", "alpha"), nn.SELU: _activation_module("selu"),
@@ -121,13 +146,22 @@ MODULES: dict[type[nn.Module], Handler] = {
     nn.PReLU: _prelu_module, nn.Identity: _identity_module,
     nn.Dropout: _dropout_module, nn.Dropout1d: _dropout_module, nn.Dropout2d: _dropout_module,
     nn.Dropout3d: _dropout_module, nn.AlphaDropout: _dropout_module, nn.FeatureAlphaDropout: _dropout_module,
+    nn.ZeroPad1d: pad_module("constant"), nn.ZeroPad2d: pad_module("constant"), nn.ZeroPad3d: pad_module("constant"),
+    nn.ConstantPad1d: pad_module("constant"), nn.ConstantPad2d: pad_module("constant"),
+    nn.ConstantPad3d: pad_module("constant"), nn.ReflectionPad1d: pad_module("reflect"),
+    nn.ReflectionPad2d: pad_module("reflect"), nn.ReflectionPad3d: pad_module("reflect"),
+    nn.ReplicationPad1d: pad_module("replicate"), nn.ReplicationPad2d: pad_module("replicate"),
+    nn.ReplicationPad3d: pad_module("replicate"), nn.CircularPad1d: pad_module("circular"),
+    nn.CircularPad2d: pad_module("circular"), nn.CircularPad3d: pad_module("circular"),
+    nn.ChannelShuffle: channel_shuffle_module, nn.PixelShuffle: pixel_shuffle_module,
+    nn.PixelUnshuffle: pixel_unshuffle_module,
 }  # fmt: skip
 
 STRUCTURAL_MODULES = frozenset({
     nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.PixelShuffle,
     nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d,
     nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
-    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d,
+    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 })  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -140,6 +141,14 @@ class AvgPool(Linear):
     def label(self) -> str:
         return f"avg pool {'x'.join(map(str, self.window))}"
 
+    def resampled(self, given: TensorType) -> int | None:
+        return self.spatial
+
+    @property
+    def keeps_constants(self) -> bool:
+        counts_padding = self.count_include_pad and any(self.padding)
+        return self.divisor_override is None and not counts_padding
+
     def as_conv(self, channels: int, spatial: int) -> Conv:
         require(spatial == self.spatial, f"{self.label} and its neighbour act on different axes")
         require(not self.ceil_mode, f"{self.label} has ceil_mode, so its last windows average fewer elements")
@@ -164,7 +173,10 @@ class AvgPool(Linear):
 
 @dataclass(frozen=True, eq=False)
 class Activation(Operator):
-    """An elementwise function of ``torch.nn.functional`` by name, with its options; ``weight`` is PReLU's slopes."""
+    """An elementwise function of ``torch.nn.functional`` (or ``torch``) by name, with its options.
+
+    ``weight`` is PReLU's slopes.
+    """
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -183,8 +195,13 @@ class Activation(Operator):
         (x,) = inputs
         if self.weight is not None:
             return F.prelu(x, self.weight)
-        function = getattr(F, self.name, None) or getattr(torch, self.name)
-        return function(x, **dict(self.options))
+        return self.function(x, **dict(self.options))
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """PyTorch's function of the name."""
+        found: Callable[..., Any] = getattr(F, self.name, None) or getattr(torch, self.name)
+        return found
 
     def infer(self, *types: TensorType | None) -> TensorType | None:
         return types[0]
@@ -309,6 +326,11 @@ class Call(Operator):
             return type(self.target).__name__
         return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", str(self.target))
 
+    @property
+    def name(self) -> str:
+        """PyTorch's name of what is called, the same for a function, a method and an ATen overload."""
+        return self.target._opname if isinstance(self.target, torch._ops.OpOverload) else self.label
+
     @abstractmethod
     def _is_final(self) -> None:
         """Only `Structural` and `Opaque` are calls."""
@@ -356,6 +378,13 @@ class Structural(Call):
 
     affine: ClassVar[bool] = True
 
+    def resampled(self, given: TensorType) -> int | None:
+        return _resampled_by(self, len(given.shape))
+
+    @property
+    def keeps_constants(self) -> bool:
+        return self.name in _RESAMPLINGS
+
     def _is_final(self) -> None: ...
 
 
@@ -392,8 +421,124 @@ def _meta(op: Operator, *types: TensorType | None) -> TensorType | None:
     return dataclasses.replace(known[0], shape=tuple(result.shape), dtype=result.dtype)
 
 
+#: Structural calls that resample, with how many of the last axes; None: what their arguments say.
+_RESAMPLINGS: dict[str, int | None] = {
+    **{f"{name}{rank}d": rank for rank in (1, 2, 3) for name in ("adaptive_avg_pool", "AdaptiveAvgPool")},
+    "mean": None,
+    "flip": None,
+}
+
+
+def _resampled_by(call: Call, rank: int) -> int | None:
+    if call.args[:1] != (Slot(0),) or call.name not in _RESAMPLINGS:
+        return None
+    known = _RESAMPLINGS[call.name]
+    if known is not None:
+        return known
+    options = dict(call.kwargs)
+    given = options.pop("dims", options.pop("dim", call.args[1] if len(call.args) > 1 else None))
+    if call.name == "flip" and not isinstance(given, tuple | list):
+        given = call.args[1:]  # x.flip(2, 3)
+    axes = (given,) if isinstance(given, int) else given
+    if options.get("dtype") is not None or not axes or not all(isinstance(axis, int) for axis in axes):
+        return None
+    return rank - min(axis % rank for axis in axes)
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool(Operator):
+    """The maximum of each window, the same window for each channel. Fields as in ``torch.nn.MaxPool2d``.
+
+    It commutes with every increasing function of its input; the padding is never the maximum.
+    """
+
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool = False
+
+    geometry: ClassVar[dict[str, Any]] = {"stride": 1, "padding": 0, "dilation": 1, "ceil_mode": False}
+
+    def __post_init__(self) -> None:
+        ranks = {len(each) for each in (self.window, self.stride, self.padding, self.dilation)}
+        if len(ranks) > 1 or self.spatial not in (1, 2, 3):
+            raise GraphError(
+                f"MaxPool: window {self.window}, stride {self.stride}, padding {self.padding} and dilation "
+                f"{self.dilation} must name the same axes, 1 to 3 of them"
+            )
+
+    @property
+    def spatial(self) -> int:
+        """The number of axes of the window."""
+        return len(self.window)
+
+    @property
+    def label(self) -> str:
+        return f"max pool {'x'.join(map(str, self.window))}"
+
+    def resampled(self, given: TensorType) -> int | None:
+        return self.spatial
+
+    @property
+    def keeps_constants(self) -> bool:
+        return True
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        pool: Any = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[self.spatial]
+        return pool(x, self.window, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _meta(self, *types)
+
+
+@dataclass(frozen=True, eq=False)
+class Upsample(Operator):
+    """Interpolation of the last ``spatial`` axes, to a ``size`` or by a ``scale_factor``, as ``torch.nn.Upsample``.
+
+    Linear, the same for each channel, with weights that sum to one.
+    """
+
+    spatial: int
+    size: tuple[int, ...] | None = None
+    scale_factor: tuple[float, ...] | None = None
+    mode: str = "nearest"
+    align_corners: bool | None = None
+    recompute_scale_factor: bool | None = None
+    affine: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.scale_factor is None):
+            raise GraphError(f"Upsample: needs either a size or a scale factor, got {self.size}, {self.scale_factor}")
+        given = self.size or self.scale_factor or ()
+        if len(given) != self.spatial or self.spatial not in (1, 2, 3):
+            raise GraphError(f"Upsample: {given} does not name {self.spatial} axes, 1 to 3 of them")
+
+    @property
+    def label(self) -> str:
+        target = self.size or self.scale_factor or ()
+        return f"upsample {self.mode} {'to' if self.size else 'by'} {'x'.join(f'{each:g}' for each in target)}"
+
+    def resampled(self, given: TensorType) -> int | None:
+        return self.spatial
+
+    @property
+    def keeps_constants(self) -> bool:
+        return True
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        return F.interpolate(
+            x, self.size, self.scale_factor, self.mode, self.align_corners, self.recompute_scale_factor
+        )  # fmt: skip
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _meta(self, *types)
+
+
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "Multiply",
-    "Opaque", "Slot",
-    "Structural", "Unflatten",
+    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "Concat", "Constant", "Flatten", "Identity", "MaxPool",
+    "Multiply", "Opaque", "Slot",
+    "Structural", "Unflatten", "Upsample",
 ]  # fmt: skip

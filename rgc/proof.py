@@ -7,7 +7,8 @@ of two magnitudes show what clamps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from rgc.algebra import Conv, Linear
 from rgc.errors import NotEquivalentError, RgcError
 from rgc.ir import Value, evaluate_value, topological
-from rgc.operators import Activation, AvgPool, Call, Constant
+from rgc.operators import Activation, AvgPool, Call, Constant, MaxPool, Upsample
+from rgc.ranges import Interval
+from rgc.rearrange import Assign, BorderFill, PixelShuffle, Rearrangement
 
 #: Largest difference, relative to the largest intermediate value, that float64 rounding explains.
 TOLERANCE = 1e-10
@@ -28,9 +31,12 @@ MAGNITUDES = (1.0, 100.0)
 _DECLINES = (RuntimeError, ValueError, TypeError, IndexError, RgcError)
 
 
-def check_firing(old: Value, new: Value, sources: Sequence[Value], seed: int = 0) -> float:
+def check_firing(
+    old: Value, new: Value, sources: Sequence[Value], seed: int = 0, ranges: Mapping[Value, Interval] | None = None
+) -> float:
     """The largest relative difference between ``old`` and ``new`` as functions of ``sources``.
 
+    A source takes any value, or, where ``ranges`` names it, those of its interval.
     Raises `NotEquivalentError` where it exceeds float64 rounding.
     """
     known = set(sources)
@@ -41,7 +47,10 @@ def check_firing(old: Value, new: Value, sources: Sequence[Value], seed: int = 0
     def difference(index: int, shapes: Sequence[tuple[int, ...]]) -> float | None:
         size = ", ".join("x".join(map(str, shape)) for shape in shapes)
         magnitude = MAGNITUDES[index % len(MAGNITUDES)]
-        inputs = {s: _random(shape, s, magnitude, generator) for s, shape in zip(sources, shapes, strict=True)}
+        inputs = {
+            s: _random(shape, s, magnitude, generator, (ranges or {}).get(s, Interval()))
+            for s, shape in zip(sources, shapes, strict=True)
+        }
         try:
             expected, scale = _run(before, old, inputs)
         except _DECLINES:
@@ -101,11 +110,14 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
     exact = [source.tensor_type.shape for source in sources]
     spatial = {_spatial(value) for value in values} - {None}
-    free = all(v.op.any_size and not isinstance(v.op, Call | Constant) for v in values)
-    if not free or len(spatial) != 1 or len({len(shape) for shape in exact}) > 1 or len({s[1:] for s in exact}) > 1:
+    free = all(v.op.any_size and not isinstance(v.op, Assign | Call | Constant) for v in values)
+    if not free or len(spatial) > 1 or len({len(shape) for shape in exact}) > 1:
         return []
-    axes = next(iter(spatial)) or 0
-    if len(exact[0]) < axes + 2:
+    axes = next(iter(spatial), None)
+    if axes is None:  # nothing tells channels from positions: the first two axes stay as they are
+        axes = max(len(exact[0]) - 2, 0)
+    channel = len(exact[0]) - axes - 1
+    if channel < 1 or len({(shape[1:channel], shape[channel + 1 :]) for shape in exact}) > 1:
         return []
     reach, stride = _reach(values, sources, axes)
     residues = min(max(stride, 2), 4)  # sizes that leave different remainders behind the last window
@@ -114,8 +126,12 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
 
 
 def _spatial(value: Value) -> int | None:
-    if isinstance(value.op, Linear):
+    if isinstance(value.op, Linear | MaxPool | Upsample):
         return value.op.spatial
+    if isinstance(value.op, PixelShuffle):
+        return 2
+    if isinstance(value.op, BorderFill):
+        return len(value.op.widths)
     if isinstance(value.op, Activation) and value.op.weight is not None and value.op.weight.numel() > 1:
         return len(value.tensor_type.shape) - 2  # slopes along axis 1
     return None
@@ -139,12 +155,28 @@ def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[in
             fields[value] = (reach + widest * stride, stride * (1 if op.transposed else max(op.stride)))
         elif isinstance(op, AvgPool):
             fields[value] = (reach + (max(op.window) - 1) * stride, stride * max(op.stride))
+        elif isinstance(op, MaxPool):
+            widest = max(d * (k - 1) for d, k in zip(op.dilation, op.window, strict=True))
+            fields[value] = (reach + widest * stride, stride * max(op.stride))
+        elif isinstance(op, Rearrangement):
+            fields[value] = (reach + op.reach[0] * stride, stride * op.reach[1])
+        elif isinstance(op, BorderFill):
+            fields[value] = (reach + max(map(sum, op.widths)) * stride, stride)
         else:
             fields[value] = (reach, stride)
     return max(reach for reach, _ in fields.values()), max(stride for _, stride in fields.values())
 
 
-def _random(shape: tuple[int, ...], source: Value, magnitude: float, generator: torch.Generator) -> Tensor:
+def _random(
+    shape: tuple[int, ...], source: Value, magnitude: float, generator: torch.Generator, interval: Interval
+) -> Tensor:
     if not source.tensor_type.dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(source.tensor_type.dtype)
-    return magnitude * torch.randn(shape, generator=generator, dtype=torch.float64)
+    lower, upper = interval.lower, interval.upper
+    if math.isfinite(lower) and math.isfinite(upper):  # all over the interval, and every third time one of its bounds
+        spread = 1.5 * torch.rand(shape, generator=generator, dtype=torch.float64) - 0.25
+        return (lower + (upper - lower) * spread).clamp(lower, upper)
+    x = magnitude * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if math.isfinite(lower):
+        return lower + x.abs()
+    return upper - x.abs() if math.isfinite(upper) else x

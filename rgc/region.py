@@ -7,19 +7,28 @@ domain of local affine maps instead of tensors.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from rgc.algebra import Conv, Linear, Scale, Size, add, compose
-from rgc.errors import GraphError, Refusal, require
-from rgc.ir import Graph, Operator, TensorType, Value, evaluate_value
+from rgc.algebra import Conv, Linear, Scale, Size, add, compose, unit
+from rgc.errors import Refusal, require
+from rgc.ir import Graph, Operator, TensorType, Value, evaluate_value, topological
 from rgc.operators import Add, Concat, Constant
+from rgc.rearrange import Gather, Listed, selecting
+from rgc.sparsity import block_diagonal, on_one_grid
+
+_MINUS = Scale(-torch.ones(1), torch.zeros(1))
 
 #: A walk back from a join gives up after so many values, which keeps matching linear in the size of the graph.
 LONGEST_WALK = 256
+
+#: A sum is looked through up to so many addends, for the same reason.
+MOST_ADDENDS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,27 +60,27 @@ class Region(Operator):
 
     def as_linear(self, size: Size | None) -> Linear:
         """The region as one linear operator, or a refusal that names the value in the way."""
-        axes, channels = self._axes_and_channels
-        maps: dict[Value, Linear] = {self.source: Scale(torch.ones(channels), torch.zeros(channels), axes)}
+        channels = self._channels
+        start = unit() if channels is None else Scale(torch.ones(channels), torch.zeros(channels), self.spatial)
+        maps = {self.source: _Image(start, None)}
         for value in self.values:
             if not isinstance(value.op, Constant):
                 maps[value] = _image(value, [maps.get(used) for used in value.inputs], size, channels)
-        return maps[self.sink]
+        return _of_all_channels(maps[self.sink], size, channels)
 
     @property
-    def spatial(self) -> int:
-        """The number of spatial axes on which the region acts."""
-        return self._axes_and_channels[0]
+    def spatial(self) -> int | None:
+        """The number of spatial axes on which the region acts; None where it treats every element alike."""
+        named = (v.op.spatial for v in self.values if isinstance(v.op, Linear) and v.op.spatial is not None)
+        return next(named, None)
 
     @property
-    def _axes_and_channels(self) -> tuple[int, int]:
-        spatial = next(
-            (v.op.spatial for v in self.values if isinstance(v.op, Linear) and v.op.spatial is not None), None
-        )
-        shape = self.source.tensor_type.shape
-        require(spatial is not None and spatial < len(shape), "nothing in the region says on which axes it acts")
-        assert spatial is not None
-        return spatial, shape[len(shape) - spatial - 1]
+    def _channels(self) -> int | None:
+        shape, spatial = self.source.tensor_type.shape, self.spatial
+        if spatial is None:
+            return None
+        require(spatial < len(shape), f"the region acts on {spatial} spatial axes, {self.source.where} has fewer")
+        return shape[len(shape) - spatial - 1]
 
 
 class Join(Region):
@@ -101,6 +110,76 @@ def join_at(value: Value, order: Mapping[Value, float]) -> Join | None:
     if source.type is None or isinstance(source.op, Constant):
         return None
     return Join(source, tuple(sorted(inside, key=inside.__getitem__)))
+
+
+@dataclass(frozen=True)
+class PartialJoin:
+    """Some addends of a sum that start at one value, as a `Join`, and the other addends with their signs."""
+
+    join: Join
+    merged: tuple[Value, ...]  # what would go, users first: the sums and the branches
+    rest: tuple[tuple[Value, int], ...]
+
+    def embed(self, value: Value) -> Value:
+        """The whole sum, with ``value`` for the addends of the join."""
+        for addend, sign in self.rest:
+            value = Add(sign)(value, addend)
+        return value
+
+
+def partial_joins_at(value: Value, graph: Graph) -> Iterator[PartialJoin]:
+    """Addends of the sum that ends in ``value`` which share a source: all that share it, then two at a time."""
+    addends, inner = _addends(value, graph)
+    if len(addends) < 3:
+        return
+    paths = [_linear_path(addend) for addend, _ in addends]
+    shared = Counter(step for path in paths for step in path)
+    seen: set[tuple[int, ...]] = set()
+    for source in dict.fromkeys(step for path in paths for step in path if shared[step] > 1 and step.type is not None):
+        members = [index for index, path in enumerate(paths) if source in path]
+        for chosen in (tuple(members), *itertools.combinations(members, 2)):
+            if len(chosen) < len(addends) and chosen not in seen:
+                seen.add(chosen)
+                yield _partial_join(value, source, [addends[i] for i in chosen], [paths[i] for i in chosen], inner,
+                                    tuple(addends[i] for i in range(len(addends)) if i not in chosen))  # fmt: skip
+
+
+def _partial_join(
+    value: Value, source: Value, addends: list[tuple[Value, int]], paths: list[list[Value]], inner: list[Value],
+    rest: tuple[tuple[Value, int], ...],
+) -> PartialJoin:  # fmt: skip
+    branches = list(dict.fromkeys(step for path in paths for step in path[: path.index(source)]))
+    (total, sign), *others = addends
+    sums: list[Value] = []  # not in the graph: the sum of the chosen addends alone
+    if sign == -1:
+        sums.append(total := _MINUS(total))
+    for addend, sign in others:
+        sums.append(total := Add(sign)(total, addend))
+    order = topological(sums, known=lambda each: each is source)
+    return PartialJoin(Join(source, tuple(order)), (value, *inner, *branches), rest)
+
+
+def _addends(value: Value, graph: Graph) -> tuple[list[tuple[Value, int]], list[Value]]:
+    """The leaves of a tree of sums with their signs, and the inner sums, which nobody else reads."""
+    leaves: list[tuple[Value, int]] = []
+    inner: list[Value] = []
+    stack = [(value, 1)]
+    while stack and len(leaves) + len(stack) <= MOST_ADDENDS:
+        term, sign = stack.pop()
+        if isinstance(term.op, Add) and (term is value or graph.use_count(term) == 1) and term.type == value.type:
+            inner += [] if term is value else [term]
+            stack += [(term.inputs[1], sign * term.op.sign), (term.inputs[0], sign)]
+        else:
+            leaves.append((term, sign))
+    return leaves + stack[::-1], inner
+
+
+def _linear_path(value: Value) -> list[Value]:
+    """``value`` and what it is a linear function of, nearest first, back through operators of one input."""
+    path = [value]
+    while isinstance(path[-1].op, Linear) and len(path) < LONGEST_WALK:
+        path.append(path[-1].inputs[0])
+    return path
 
 
 def affine_regions(graph: Graph) -> list[Region]:
@@ -145,29 +224,106 @@ def _between(source: Value | None, sink: Value, order: dict[Value, int]) -> Regi
     return Region(source, tuple(sorted(seen, key=order.__getitem__)))
 
 
-def _image(value: Value, images: list[Linear | None], size: Size | None, channels: int) -> Linear:
+@dataclass(frozen=True)
+class _Image:
+    """A value of a region: a linear operator of the source's channels ``read``, in that order; None for all."""
+
+    op: Linear
+    read: tuple[int, ...] | None
+
+    @property
+    def is_selection(self) -> bool:
+        """Does it only select channels?"""
+        return isinstance(self.op, Scale) and self.op.is_identity
+
+
+def _identity(channels: int, axes: int) -> Scale:
+    return Scale(torch.ones(channels), torch.zeros(channels), axes)
+
+
+def _image(value: Value, images: list[_Image | None], size: Size | None, channels: int | None) -> _Image:
     known = [image for image in images if image is not None]
     if len(known) < len(images):
         raise Refusal(f"{value.where} mixes in a constant")
     if isinstance(value.op, Linear):
-        return compose(value.op, known[0], size)
+        (image,) = known
+        selected = _selected(value.op, image, channels)
+        return selected or _Image(compose(value.op, image.op, size), image.read)
     if isinstance(value.op, Add):
-        right = known[1] if value.op.sign == 1 else compose(Scale(-torch.ones(1), torch.zeros(1)), known[1], size)
-        return add(known[0], right, size)
+        left, right = _of_same_channels([_broadcast(image, value) for image in known], size, channels)
+        other = right.op if value.op.sign == 1 else compose(_MINUS, right.op, size)
+        return _Image(add(left.op, other, size), left.read)
     if isinstance(value.op, Concat):
         return _stacked(value, known, size, channels)
     raise Refusal(f"{value.where} ({value.op.label}) is affine but not a convolution")
 
 
-def _stacked(value: Value, images: list[Linear], size: Size | None, channels: int) -> Linear:
-    """A concatenation of channels is the sum of the parts, each moved to its own output channels."""
-    spatial = next((image.spatial for image in images if image.spatial is not None), None)
+def _selected(op: Linear, image: _Image, channels: int | None) -> _Image | None:
+    """A selection of channels behind another one is a selection of the source's; None for anything else."""
+    if not isinstance(op, Gather) or not image.is_selection or image.op.spatial != op.axes or min(op.index) < 0:
+        return None
+    return _Image(
+        _identity(len(op.index), op.axes), _named(tuple(_reads(image, op.count)[i] for i in op.index), channels)
+    )
+
+
+def _reads(image: _Image, channels: int) -> tuple[int, ...]:
+    return tuple(range(channels)) if image.read is None else image.read
+
+
+def _named(read: tuple[int, ...], channels: int | None) -> tuple[int, ...] | None:
+    """All channels in their order go by the name None."""
+    return None if channels is not None and read == tuple(range(channels)) else read
+
+
+def _of_all_channels(image: _Image, size: Size | None, channels: int | None) -> Linear:
+    """An operator of all the source's channels."""
+    if image.read is None:
+        return image.op
+    assert channels is not None and image.op.spatial is not None  # what has selected some says so
+    if image.is_selection:
+        return Gather(Listed(image.read), channels, image.op.spatial)
+    return compose(image.op, selecting(image.read, channels, image.op.spatial), size)
+
+
+def _of_same_channels(images: list[_Image], size: Size | None, channels: int | None) -> list[_Image]:
+    if len({image.read for image in images}) == 1:
+        return images
+    return [_Image(_of_all_channels(image, size, channels), None) for image in images]
+
+
+def _broadcast(image: _Image, value: Value) -> _Image:
+    """One channel that a sum repeats for every channel, as a convolution that repeats it."""
+    spatial, own = image.op.spatial, image.op.channels
+    if spatial is None or own is None or own[1] != 1:
+        return image
+    wanted = value.tensor_type.shape[-spatial - 1]
+    if wanted == 1:
+        return image
+    repeat = torch.ones(wanted, 1, *[1] * spatial, dtype=torch.float64)
+    return _Image(compose(Conv(repeat), image.op.as_conv(own[0], spatial)), image.read)
+
+
+def _stacked(value: Value, images: list[_Image], size: Size | None, channels: int | None) -> _Image:
+    """A concatenation of channels: selections one after the other, blocks side by side, or a sum of moved parts."""
+    spatial = next((image.op.spatial for image in images if image.op.spatial is not None), None)
     op = value.op
     assert isinstance(op, Concat)
-    if spatial is None:
-        spatial = -op.axis - 1
+    require(spatial is not None and channels is not None, f"{value.where} concatenates what no layer has read")
+    assert spatial is not None and channels is not None
     require(op.axis == -spatial - 1, f"{value.where} concatenates along axis {op.axis}, not along the channels")
-    parts = [image.as_conv(channels, spatial) for image in images]
+    read = tuple(channel for image in images for channel in _reads(image, channels))
+    if all(image.is_selection for image in images):
+        return _Image(_identity(len(read), spatial), _named(read, channels))
+    parts = [image.op.as_conv(len(_reads(image, channels)), spatial) for image in images]
+    if len(set(read)) == len(read) and len(images) > 1 and not any(part.transposed for part in parts):
+        return _Image(block_diagonal(parts, size), _named(read, channels))
+    images = _of_same_channels(images, size, channels)
+    parts = on_one_grid([image.op.as_conv(len(_reads(image, channels)), spatial) for image in images])
+    return _Image(_sum_of_moved(parts, spatial, size), images[0].read)
+
+
+def _sum_of_moved(parts: list[Conv], spatial: int, size: Size | None) -> Linear:
     total = sum(part.out_channels for part in parts)
     result: Linear | None = None
     start = 0
@@ -177,6 +333,5 @@ def _stacked(value: Value, images: list[Linear], size: Size | None, channels: in
         moved = compose(Conv(select), part, size)
         result = moved if result is None else add(result, moved, size)
         start += part.out_channels
-    if result is None:
-        raise GraphError(f"{value.where}: a concatenation of nothing")
+    assert result is not None  # some part has said on which axes it acts
     return result

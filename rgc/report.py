@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 class Firing:
     """One rewrite that was applied.
 
-    ``evidence`` is "bitwise", "exact" (equal in the reals) or "exact+corrected" (with a bias map); ``max_error`` is the
-    largest float64 difference seen at its proof, relative to the largest intermediate value; ``result``
-    the new operators.
+    ``evidence`` is "bitwise", "exact" (equal in the reals), "exact+corrected" (with a bias map, a pad value or a
+    channel of ones) or "range-conditional" (equal for values in a range that always holds them: ``condition``);
+    ``max_error`` is the largest float64 difference seen at its proof, relative to the largest intermediate value;
+    ``result`` the new operators; ``sources`` the paths of the layers and calls that went in.
     """
 
     rewrite: str
@@ -26,6 +27,8 @@ class Firing:
     evidence: str
     max_error: float
     result: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    condition: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@
 
 The parameters of the function are the holes of the pattern. A hole is typed by what may fill it: ``Value`` (anything),
 an operator class, `Linear` (any linear operator), `Region` or `Join` (an affine part of the graph), or
-``Annotated[Conv, predicate]`` for operators that satisfy a predicate. ``+``, ``-`` and ``*`` stand for `Add` and
-`Multiply`; sums match in both orders.
+``Annotated[Conv, predicate]`` for what satisfies a predicate. ``+``, ``-`` and ``*`` stand for `Add` and `Multiply`;
+sums match in both orders.
+
+A rewrite that is equal only where `rgc.range_of` says that the values lie declares it: ``relies_on_range=True``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import nn
 from rgc.errors import GraphError
 from rgc.ir import Graph, Operator, Value
 from rgc.operators import Add, Multiply
-from rgc.region import Region
+from rgc.region import PartialJoin, Region
 
 Predicate = Callable[[Any], bool]
 
@@ -88,20 +90,35 @@ class Match:
     values: dict[str, Value] = field(default_factory=dict)
     operators: dict[str, Operator] = field(default_factory=dict)
     interior: tuple[Value, ...] = ()
+    partial: PartialJoin | None = None
 
     @property
     def root(self) -> Value:
-        """The value that the rewrite replaces."""
+        """The value that is replaced."""
         return self.interior[0]
+
+    @property
+    def target(self) -> Value:
+        """The value that the rewrite speaks of: the root, or some addends of the sum that ends there."""
+        return self.root if self.partial is None else self.partial.join.sink
+
+    def embed(self, value: Value) -> Value:
+        """What replaces the root, where ``value`` replaces the target."""
+        return value if self.partial is None else self.partial.embed(value)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pattern with the function that makes its result, and the classes of its holes."""
+    """One pattern with the function that makes its result, and the classes of its holes.
+
+    ``relies_on_range``: equal for values in the ranges of the matched ones, not for any. It is checked for those, and
+    its record names them.
+    """
 
     pattern: Term
     build: Callable[..., Value]
     holes: dict[str, tuple[Any, tuple[Predicate, ...]]]
+    relies_on_range: bool = False
 
     @property
     def matches_regions(self) -> bool:
@@ -126,6 +143,11 @@ class Case:
             return None
         source = self.pattern.arguments[0].name
         return Match({source: region.source}, {self.pattern.operator: region}, region.values[::-1])
+
+    def match_partial(self, partial: PartialJoin) -> Match | None:
+        """The match of some addends of a sum: sums are matched modulo order and bracketing."""
+        match = self.match_region(partial.join)
+        return None if match is None else replace(match, interior=partial.merged, partial=partial)
 
 
 @dataclass(frozen=True)
@@ -153,11 +175,13 @@ class Rewrite:
     cases: list[Case]
     examples: list[Example]
 
-    def also(self, pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
+    def also(
+        self, pattern: Callable[..., Term], *, relies_on_range: bool = False
+    ) -> Callable[[Callable[..., Value]], Rewrite]:
         """Another pattern of the same rewrite, with a function of its own."""
 
         def attach(build: Callable[..., Value]) -> Rewrite:
-            self.cases.append(_case(pattern, build))
+            self.cases.append(_case(pattern, build, relies_on_range))
             return self
 
         return attach
@@ -197,7 +221,9 @@ class GraphPass:
 Pass = Rewrite | GraphPass
 
 
-def rewrite(pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Rewrite]:
+def rewrite(
+    pattern: Callable[..., Term], *, relies_on_range: bool = False
+) -> Callable[[Callable[..., Value]], Rewrite]:
     """Turn a function into a rewrite; ``pattern`` is a lambda whose parameters are holes.
 
     Raises `GraphError` where pattern and function name different holes, or a hole is unused or has no fitting type.
@@ -205,7 +231,7 @@ def rewrite(pattern: Callable[..., Term]) -> Callable[[Callable[..., Value]], Re
 
     def make(build: Callable[..., Value]) -> Rewrite:
         statement = inspect.getdoc(build) or inspect.getdoc(inspect.getmodule(build)) or ""
-        return Rewrite(build.__name__, statement, [_case(pattern, build)], [])
+        return Rewrite(build.__name__, statement, [_case(pattern, build, relies_on_range)], [])
 
     return make
 
@@ -257,7 +283,7 @@ def _observed_class(cls: type[Operator]) -> type[Operator]:
     return type(cls.__name__, (cls,), {"__getattribute__": get, "__class__": property(lambda self: cls)})
 
 
-def _case(pattern: Callable[..., Term], build: Callable[..., Value]) -> Case:
+def _case(pattern: Callable[..., Term], build: Callable[..., Value], relies_on_range: bool) -> Case:
     names = list(inspect.signature(pattern).parameters)
     wanted = list(inspect.signature(build).parameters)
     if sorted(names) != sorted(wanted):
@@ -271,7 +297,7 @@ def _case(pattern: Callable[..., Term], build: Callable[..., Value]) -> Case:
         raise GraphError(f"rewrite {build.__name__}: the hole {missing[0]!r} has no type")
     holes = {name: _hole_type(hints[name]) for name in names}
     _check_holes(build.__name__, term, holes)
-    return Case(term, build, holes)
+    return Case(term, build, holes, relies_on_range)
 
 
 def _check_holes(rewrite_name: str, term: Term, holes: dict[str, tuple[Any, tuple[Predicate, ...]]]) -> None:
@@ -328,7 +354,7 @@ def _hole_type(hint: Any) -> tuple[Any, tuple[Predicate, ...]]:
 def _match(term: Term, value: Value, match: Match, holes: dict[str, Any]) -> Iterator[Match]:
     if isinstance(term, Hole):
         bound = match.values.get(term.name)
-        if bound is None:
+        if bound is None and all(holds(value) for holds in holes[term.name][1]):
             yield replace(match, values={**match.values, term.name: value})
         elif bound is value:
             yield match

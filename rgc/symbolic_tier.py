@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,13 @@ class RefuseAutocast(TorchFunctionMode):
             raise TraceError("forward turns autocast on or off, which a graph cannot hold")
 
 
+class _Proxy(fx.Proxy):
+    """A proxy to whose items one may assign, as the lifting knows assignments."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracing in which all but the tensors of the example (and of the model, if asked) is a constant."""
 
@@ -86,6 +94,9 @@ class _Tracer(fx.Tracer):
         if self._symbolic_parameters and isinstance(attr_val, Tensor) and attr_val.dim():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         return attr_val
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self._autocast.check()

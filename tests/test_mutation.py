@@ -14,7 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rgc
-from rgc import BatchNorm, Conv, Scale, Value, algebra, emit, engine, functions, kernels, lift, modules, region, rewrite
+from rgc import (
+    BatchNorm,
+    Conv,
+    Interval,
+    Scale,
+    Value,
+    algebra,
+    emit,
+    engine,
+    functions,
+    kernels,
+    lift,
+    modules,
+    operators,
+    ranges,
+    region,
+    rewrite,
+)
 from rgc.axis import Axis
 from rgc.kernels import Kernel
 from rgc.operators import AvgPool
@@ -474,6 +491,58 @@ def collapse_offset_dropped(p: Planter) -> None:
     p.replace(module, "Conv", lambda original, weight, bias, **options: original(weight, None, **options))
 
 
+def ranges_of_activations_with(**change: Any) -> Callable[[Planter], None]:
+    """A fault in the range of an activation, by its name."""
+
+    def faulty(original: Any, op: Any, x: Interval) -> Interval:
+        wrong: Interval = change.get(op.name, original(op, x))
+        return wrong
+
+    return lambda p: p.replace(ranges, "_activated", faulty)
+
+
+def every_gamma_taken_for_positive(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.exchange_max_pool")
+    p.replace(module, "require", lambda original, condition, reason: None)
+
+
+def constants_kept_by_every_pooling(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.exchange_resampling")
+    p.replace(module, "_has_offset", always(False))
+
+
+def several_positions_taken_for_one(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.exchange_resampling")
+    p.replace(module, "_require_one_position", always(None))
+
+
+def every_axis_taken_for_a_position(p: Planter) -> None:
+    p.replace(operators, "_resampled_by", always(0))
+
+
+def dilation_of_a_max_pooling_not_emitted(p: Planter) -> None:
+    p.replace(emit, "_max_pool", lambda original, op: original(replace(op, dilation=(1, 1))))
+
+
+def corners_not_lifted(p: Planter) -> None:
+    p.replace(
+        modules,
+        "upsample",
+        lambda original, lifter, x, size, factor, mode, corners, recompute: original(
+            lifter, x, size, factor, mode, False, recompute
+        ),
+    )
+
+
+class MeanOfChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(self.first(x).mean(1, keepdim=True)))
+
+
 def always(result: Any) -> Faulty:
     return lambda original, *args, **kwargs: result
 
@@ -649,7 +718,60 @@ MUTANTS = [
     Mutant("different operators taken for equal", different_operators_taken_for_equal, Twins),
     Mutant("collapsed matrix transposed", collapse_transposed, LINEAR_NETWORK, (2, 2, 4, 4), passes="collapse"),
     Mutant("collapsed offset dropped", collapse_offset_dropped, LINEAR_NETWORK, (2, 2, 4, 4), passes="collapse"),
+    # ranges
+    Mutant(
+        "gelu taken for non-negative",
+        ranges_of_activations_with(gelu=Interval(0)),
+        chain(nn.Conv2d(4, 4, 3), nn.GELU(), nn.ReLU()),
+    ),
+    Mutant(
+        "tanh taken for non-negative",
+        ranges_of_activations_with(tanh=Interval(0, 1)),
+        chain(nn.Conv2d(4, 4, 3), nn.Tanh(), nn.LeakyReLU(0.5)),
+    ),
+    Mutant(
+        "relu taken for bounded",
+        ranges_of_activations_with(relu=Interval(0, 6)),
+        chain(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Hardtanh(-1.0, 6.0)),
+    ),
+    Mutant(
+        "signs of weights ignored",
+        lambda p: p.replace(ranges, "_convolved", always(Interval(0))),
+        chain(nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 1), nn.ReLU()),
+    ),
+    Mutant(
+        "shift of a batch norm ignored",
+        lambda p: p.replace(ranges, "_scaled", lambda original, op, x: x),
+        chain(nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.BatchNorm2d(4), nn.ReLU()),
+    ),
+    Mutant(
+        "difference taken for a sum in ranges",
+        lambda p: p.replace(Interval, "__neg__", lambda original, x: x),
+        together(subtract, nn.Sigmoid(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid())),
+    ),
+    # exchanges
+    Mutant(
+        "every gamma taken for positive",
+        every_gamma_taken_for_positive,
+        chain(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)),
+    ),
+    Mutant(
+        "constants kept by every pooling",
+        constants_kept_by_every_pooling,
+        chain(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AvgPool2d(3, 2, 1), nn.ReLU()),
+    ),
+    Mutant(
+        "several positions taken for one",
+        several_positions_taken_for_one,
+        chain(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.BatchNorm1d(288)),
+    ),
+    Mutant("every axis taken for a position", every_axis_taken_for_a_position, MeanOfChannels),
     # lift
+    Mutant(
+        "corners not lifted",
+        corners_not_lifted,
+        chain(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
+    ),
     Mutant(
         "dilation not lifted",
         convolutions_lifted_with(dilation=1),
@@ -687,6 +809,11 @@ MUTANTS = [
     ),
     # emission
     Mutant(
+        "dilation of a max pooling not emitted",
+        dilation_of_a_max_pooling_not_emitted,
+        chain(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2, 1, dilation=2)),
+    ),
+    Mutant(
         "dilation not emitted",
         emitted_convolutions_with(dilation=1),
         chain(nn.Conv2d(4, 4, 3, dilation=2, padding=2), nn.ReLU()),
@@ -723,7 +850,7 @@ MUTANTS = [
     # engine
     Mutant(
         "replacement reads the wrong value",
-        lambda p: p.replace(engine, "_build", lambda original, r, c, m: m.root.inputs[0]),
+        lambda p: p.replace(engine, "build", lambda original, r, c, m: m.root.inputs[0]),
         chain(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
         passes="fold_batchnorm",
     ),

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rgc.algebra import Conv, Linear, Scale
-from rgc.errors import GraphError, Refusal
+from rgc.errors import Refusal
 from rgc.ir import Graph, Input, Origin, TensorType, Value
 from rgc.operators import Activation, Add, AvgPool, Concat, Constant, Identity, Multiply, Slot, Structural
+from rgc.rearrange import Gather, Slice, Subsample, ZeroChannels
 from rgc.region import LONGEST_WALK, Join, Region, affine_regions, join_at, order_of
 
 
@@ -256,6 +257,68 @@ def test_a_concatenation_then_a_sum_over_it_is_one_convolution() -> None:
     assert_is_the_graph(region, linear)
 
 
+def piece(x: Value, start: int, stop: int, channels: int = 12) -> Value:
+    return Gather(Slice(start, stop), channels, 2)(x)
+
+
+def test_branches_of_channels_of_their_own_are_one_grouped_convolution() -> None:
+    x = source(2, 12, 9, 8)
+    ones = [(3, 3, 1), (1, 5, 2), (5, 1, 3)]
+    depthwise = [
+        Conv(integers(seed, 2, 1, h, w), integers(seed + 9, 2), padding=(h // 2, w // 2), groups=2)(
+            piece(x, 4 + 2 * seed, 6 + 2 * seed)
+        )
+        for h, w, seed in ones
+    ]
+    join = joined(Concat(-3)(piece(x, 0, 6), *depthwise), x)
+    assert join is not None
+    linear = join.as_linear(None)
+    assert isinstance(linear, Conv) and linear.groups == 12 and linear.kernel == (5, 5)
+    assert_is_the_graph(join, linear)
+
+
+def test_a_branch_of_some_channels_beside_the_others_has_groups_of_its_width() -> None:
+    x = source(2, 12, 5, 6)
+    some = Conv(integers(1, 3, 3, 3, 3), padding=1)(piece(x, 0, 3))
+    join = joined(Concat(-3)(some, piece(x, 3, 12)), x)
+    assert join is not None
+    linear = join.as_linear(None)
+    assert isinstance(linear, Conv) and linear.groups == 4
+    assert_is_the_graph(join, linear)
+
+
+def test_pieces_that_are_put_together_again_are_the_source_or_a_selection() -> None:
+    x = source(2, 12, 5, 6)
+    whole = joined(Concat(-3)(piece(x, 0, 5), piece(x, 5, 12)), x)
+    turned = joined(Concat(-3)(piece(x, 5, 12), piece(piece(x, 0, 5), 1, 3, 5)), x)
+    assert whole is not None and turned is not None
+    same, selection = whole.as_linear(None), turned.as_linear(None)
+    assert isinstance(same, Scale) and same.is_identity
+    assert isinstance(selection, Gather) and selection.index == (*range(5, 12), 1, 2)
+    assert_is_the_graph(turned, selection)
+
+
+def test_a_sum_of_branches_of_different_channels_reads_all() -> None:
+    x = source(2, 12, 5, 6)
+    left = Conv(integers(1, 4, 6, 3, 3), padding=1)(piece(x, 0, 6))
+    right = Conv(integers(2, 4, 8, 1, 1), integers(3, 4))(piece(x, 4, 12))
+    join = joined(Add(-1)(left, right), x)
+    assert join is not None
+    linear = join.as_linear(None)
+    assert isinstance(linear, Conv) and linear.channels == (12, 4)
+    assert_is_the_graph(join, linear)
+
+
+def test_channels_of_zeros_beside_a_strided_view_join_a_convolution() -> None:
+    x = source(2, 4, 7, 8)
+    shortcut = Gather(ZeroChannels(1, 3), 4, 2)(Subsample((2, 2), ((0, 0), (0, 0)))(x))
+    join = joined(Add()(shortcut, Conv(integers(1, 8, 4, 3, 3), stride=2, padding=1)(x)), x)
+    assert join is not None
+    linear = join.as_linear(None)
+    assert isinstance(linear, Conv) and linear.kernel == (3, 3)
+    assert_is_the_graph(join, linear)
+
+
 def test_layers_of_linear_type_concatenate_along_the_last_axis() -> None:
     x = source(4, 3)
     join = joined(Concat(-1)(Conv(integers(1, 2, 3))(x), x), x)
@@ -307,24 +370,32 @@ def test_a_concatenation_along_another_axis_than_the_channels_is_refused() -> No
         join.as_linear(None)
 
 
-def test_a_sum_that_broadcasts_is_refused() -> None:
+def test_a_sum_of_other_channels_is_refused_where_none_is_repeated() -> None:
     x = source()
-    join = joined(Add()(conv(1)(x), conv(3, makes=1)(x)), x)
+    total = Value(Add(), (conv(1, makes=4)(x), conv(3, makes=3)(x)), x.type)
+    join = joined(total, x)
     assert join is not None
     with pytest.raises(Refusal, match="make different channels, so their sum broadcasts"):
         join.as_linear(None)
 
 
-def test_a_region_that_fits_any_axes_is_refused() -> None:
+def test_a_channel_that_is_repeated_by_a_sum_is_one_operator_with_the_rest() -> None:
+    x = source()
+    join = joined(Add(-1)(conv(1)(x), conv(3, makes=1)(x)), x)
+    assert join is not None
+    assert_is_the_graph(join, join.as_linear(None))
+
+
+def test_a_region_that_fits_any_axes_is_a_factor() -> None:
     x = source()
     join = joined(Add()(Identity()(x), x), x)
     assert join is not None
-    with pytest.raises(Refusal, match="nothing in the region says on which axes it acts"):
-        join.as_linear(None)
+    twice = join.as_linear(None)
+    assert isinstance(twice, Scale) and twice.scale.tolist() == [2] and twice.spatial is None
 
 
-def test_a_concatenation_of_nothing_is_an_error() -> None:
+def test_a_concatenation_of_nothing_is_refused() -> None:
     x = source()
     empty = Value(Concat(-3), (), None, Origin(("neck.cat",)))
-    with pytest.raises(GraphError, match="neck.cat: a concatenation of nothing"):
+    with pytest.raises(Refusal, match="neck.cat concatenates what no layer has read"):
         Region(x, (conv(1)(x), empty)).as_linear(None)

@@ -81,6 +81,18 @@ def test_a_parameter_expanded_to_the_batch_becomes_a_symbol() -> None:
     assert [node.target for node in source.graph.nodes if node.op == "get_attr"] == ["token"]
 
 
+def test_an_assignment_to_items_is_recorded_where_it_happens() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        z = y * 2
+        y[:, :1] = z[:, 1:2]
+        return y + z
+
+    nodes = list(trace_symbolically(Model(forward).eval(), X).graph.nodes)
+    names = [getattr(node.target, "__name__", node.target) for node in nodes]
+    assert names[names.index("mul") :] == ["mul", "getitem", "setitem", "add", "output"]
+
+
 def test_an_error_of_the_first_attempt_is_the_one_that_is_told() -> None:
     with pytest.raises(
         fx.proxy.TraceError, match="symbolically traced variables cannot be used as inputs to control flow"

@@ -56,10 +56,40 @@ def test_branches_that_others_read_stay(calls: Any, compiled: Any, reasons: Any)
     assert report.ops_after["Conv2d"] == 2 and "is also used elsewhere" in reasons(report, "merge_branches")
 
 
+def test_one_channel_that_the_sum_repeats_is_merged(calls: Any, compiled: Any) -> None:
+    parts = {"a": nn.Conv2d(4, 6, 3, padding=1), "b": nn.Conv2d(4, 1, 1)}
+    assert compiled(calls(lambda x, a, b: torch.relu(a(x) - b(x)), **parts), 2, 4, 5, 6).ops_after == {
+        "Conv2d": 1, "ReLU": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["aybc", "yabc", "abyc", "abcy", "cyab"])
+def test_addends_of_one_source_are_found_anywhere_in_a_sum(order: str, calls: Any, compiled: Any) -> None:
+    def summed(x: Any, a: Any, b: Any, c: Any) -> Any:
+        terms = {"a": a(x), "b": -b(x), "c": c(x), "y": torch.tanh(x)}
+        first, *others = (terms[letter] for letter in order)
+        for other in others:
+            first = first - other
+        return torch.relu(first)
+
+    parts = {"a": nn.Conv2d(4, 4, 3, padding=1), "b": nn.Conv2d(4, 4, 1), "c": nn.Sequential(nn.Conv2d(4, 4, 1))}
+    report = compiled(calls(summed, **parts), 2, 4, 5, 6)
+    assert report.ops_after["Conv2d"] == 1 and report.ops_after.total() == 4
+
+
+def test_branches_of_two_sources_are_merged_apart(calls: Any, compiled: Any) -> None:
+    def summed(x: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        y = torch.tanh(x)
+        return torch.relu(a(x) + c(y) + (b(x) - d(y)))
+
+    parts = {name: nn.Conv2d(4, 4, 3 if name in "ac" else 1, padding=int(name in "ac")) for name in "abcd"}
+    report = compiled(calls(summed, **parts), 2, 4, 5, 6)
+    assert report.ops_after == {"Conv2d": 2, "add": 1, "ReLU": 1, "Tanh": 1}
+
+
 @pytest.mark.parametrize(
     ("a", "b", "reason"),
     [
-        (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 1, 1), "broadcasts"),
         (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, stride=5), "strides differ"),
         (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding modes differ"),
     ],
@@ -69,3 +99,54 @@ def test_branches_of_other_geometry_are_refused(
 ) -> None:
     report = compiled(calls(lambda x, a, b: torch.relu(a(x) + b(x)), a=a, b=b), 2, 4, 5, 5)
     assert report.ops_after["Conv2d"] == 2 and reason in reasons(report, "merge_branches")
+
+
+def test_channel_groups_that_go_their_own_ways_are_one_depthwise_convolution(calls: Any, compiled: Any) -> None:
+    """The token mixer of InceptionNeXt (arXiv 2303.16900): identity, square, band and column kernels, batch norm."""
+
+    def mixer(x: torch.Tensor, square: nn.Module, band: nn.Module, column: nn.Module, norm: nn.Module) -> torch.Tensor:
+        rest, a, b, c = torch.split(x, (10, 2, 2, 2), dim=1)
+        return torch.relu(norm(torch.cat((rest, square(a), band(b), column(c)), dim=1)))
+
+    model = calls(
+        mixer, square=nn.Conv2d(2, 2, 3, padding=1, groups=2), band=nn.Conv2d(2, 2, (1, 11), padding=(0, 5), groups=2),
+        column=nn.Conv2d(2, 2, (11, 1), padding=(5, 0), groups=2), norm=nn.BatchNorm2d(16),
+    )  # fmt: skip
+    report = compiled(model, 2, 16, 14, 13)
+    assert report.ops_after == {"Conv2d": 1, "ReLU": 1} and report.params_after == 16 * (11 * 11 + 1)
+
+
+def test_a_partial_convolution_is_one_in_depth_and_stays_where_that_is_slower(calls: Any, compiled: Any) -> None:
+    def partial(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+        return torch.relu(torch.cat((conv(x[:, :16]), x[:, 16:]), 1))
+
+    model = calls(partial, conv=nn.Conv2d(16, 16, 3, padding=1))
+    assert compiled(model, 1, 64, 28, 28).ops_after == {"Conv2d": 1, "ReLU": 1}
+    assert compiled(model, 1, 64, 28, 28, objective="macs").ops_after == {"Conv2d": 1, "cat": 1, "ReLU": 1}
+
+
+def test_pieces_that_are_only_put_together_again_vanish(calls: Any, compiled: Any) -> None:
+    model = calls(lambda x: torch.tanh(torch.cat(torch.relu(x).chunk(4, 1), 1)))
+    for objective in ("depth", "latency"):
+        assert compiled(model, 2, 8, 5, 4, objective=objective).ops_after == {"ReLU": 1, "Tanh": 1}
+
+
+def test_the_shortcut_without_parameters_of_a_residual_network_joins_its_convolution(calls: Any, compiled: Any) -> None:
+    def block(x: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+        shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0)
+        return torch.relu(norm(conv(x)) + shortcut)
+
+    model = calls(block, conv=nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), norm=nn.BatchNorm2d(16))
+    for size in ((8, 8), (9, 7)):
+        assert compiled(model, 2, 8, *size).ops_after == {"Conv2d": 1, "ReLU": 1}
+
+
+def test_branches_of_cropped_inputs_are_one_convolution(calls: Any, compiled: Any) -> None:
+    """An asymmetric convolution block as its release writes it, on an input that is padded once (arXiv 1908.03930)."""
+
+    def block(x: torch.Tensor, square: nn.Module, tall: nn.Module, wide: nn.Module) -> torch.Tensor:
+        x = nn.functional.pad(torch.tanh(x), (1, 1, 1, 1))
+        return torch.relu(square(x) + tall(x[:, :, :, 1:-1]) + wide(x[:, :, 1:-1, :]))
+
+    parts = {"square": nn.Conv2d(4, 4, 3), "tall": nn.Conv2d(4, 4, (3, 1)), "wide": nn.Conv2d(4, 4, (1, 3))}
+    assert compiled(calls(block, **parts), 2, 4, 7, 6).ops_after == {"Conv2d": 1, "ReLU": 1, "Tanh": 1}

@@ -1,0 +1,157 @@
+"""A channel scale is part of every linear operator that reads it, also behind reshapes: W P(s x + t) = (W s) P x + W t.
+
+P may be whatever leaves the channels whole: reshapes, transposes, slices and averages of the other axes. It is all or
+nothing: a scale that one reader still needs saves nothing in the others. The pairs of a scale and one neighbour are
+`fold_batchnorm` and `fold_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rgc import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Graph,
+    Identity,
+    Opaque,
+    Refusal,
+    Scale,
+    Structural,
+    Value,
+    compose,
+    graph_pass,
+    require,
+)
+
+#: Attributes and methods of a tensor that a scale does not change.
+UNCHANGED = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "sym_size.int"})
+
+
+@graph_pass
+def distribute_scale(graph: Graph) -> Graph:
+    """A channel scale, or batch norm in evaluation, is folded into all linear operators that read it, if all can."""
+    reasons = []
+    changed = False
+    for value in reversed(graph.nodes()):
+        if not isinstance(value.op, BatchNorm | Scale) or _has_a_neighbour_of_its_own(graph, value):
+            continue
+        try:
+            merged = _merged_readers(graph, value)
+        except Refusal as refusal:
+            reasons += [f"{value.where}: {refusal.reason}"] if isinstance(value.op, BatchNorm) else []
+            continue
+        for reader, op in merged:
+            graph.replace(reader, Value(op, reader.inputs, reader.type, reader.origin | value.origin, reader.name))
+        graph.replace(value, value.inputs[0])
+        changed = True
+    if reasons and not changed:
+        raise Refusal("; ".join(reversed(reasons)))
+    return graph
+
+
+def _has_a_neighbour_of_its_own(graph: Graph, value: Value) -> bool:
+    """Is there one convolution before or after it, and nothing else that reads what is between?"""
+    before, readers = value.inputs[0], graph.users(value)
+    own = isinstance(before.op, Conv | Scale | BatchNorm) and graph.use_count(before) == 1
+    return own or (len(readers) == 1 and isinstance(readers[0].op, Conv) and graph.use_count(value) == 1)
+
+
+def _merged_readers(graph: Graph, value: Value) -> list[tuple[Value, Conv]]:
+    """Every convolution that reads the scale with the one that replaces it, or a refusal that names another reader."""
+    assert isinstance(value.op, BatchNorm | Scale)
+    scale = value.op.as_linear()
+    require(isinstance(scale, Scale) and scale.spatial is not None, "a single factor names no channel axis to follow")
+    assert isinstance(scale, Scale) and scale.axes is not None
+    shape = value.tensor_type.shape
+    axis = len(shape) - scale.axes - 1
+    require(axis > 0, "the scale is along the batch")
+    channels = torch.randn(shape[axis], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probes = [_along(channels, axis, probe) for probe in _probe_shapes(value, axis)]
+    merged = list(_readers(graph, value, scale, channels, probes))
+    require(bool(merged), "no linear operator reads it")
+    return merged
+
+
+def _readers(
+    graph: Graph, value: Value, scale: Scale, channels: Tensor, probes: Sequence[Tensor]
+) -> Iterator[tuple[Value, Conv]]:
+    """The readers of ``value``; ``probes`` show where its channels are at several sizes."""
+    readers = graph.users(value)
+    counted = sum(reader.inputs.count(value) for reader in readers)
+    require(
+        graph.use_count(value) == counted and value not in graph.effects, f"{value.where} is an output of the model"
+    )
+    axis = _channel_axis(probes, channels)
+    require(axis is not None, f"{value.where} ({value.op.label}) mixes the channels or changes a constant")
+    assert axis is not None
+    for reader in readers:
+        if isinstance(reader.op, Opaque | Structural) and _asks_for_the_form(reader.op):
+            continue
+        if isinstance(reader.op, Conv):
+            yield reader, _folded(reader, scale, probes[0].dim() - 1 - axis)
+            continue
+        moves = isinstance(reader.op, Structural | Identity | AvgPool) and len(reader.inputs) == 1
+        require(moves and reader.type is not None, f"{reader.where} ({reader.op.label}) reads it, and is not linear")
+        yield from _readers(graph, reader, scale, channels, _moved(reader, probes))
+
+
+def _folded(reader: Value, scale: Scale, axes: int) -> Conv:
+    conv = reader.op
+    assert isinstance(conv, Conv)
+    require(conv.spatial == axes, f"{reader.where} ({conv.label}) acts on other axes")
+    there = Scale(scale.scale, scale.shift, axes)
+    merged = compose(conv, there, reader.inputs[0].tensor_type.size(axes)).as_conv(conv.in_channels, axes)
+    extra = ", ".join(name for name in merged.extras if name not in conv.extras)
+    require(not extra, f"{reader.where} ({conv.label}) pads, so it would need a correction of its own ({extra})")
+    return merged
+
+
+def _asks_for_the_form(op: Opaque | Structural) -> bool:
+    asked = op.args[1] if op.target is getattr else op.label
+    return asked in UNCHANGED
+
+
+def _probe_shapes(value: Value, axis: int) -> list[tuple[int, ...]]:
+    """The example's shape first; where sizes are free, others too: what keeps channels whole must do so at any."""
+    shape = value.tensor_type.shape
+    wider = [(n + 1, 2 * n, 3 * n + 1) for n in shape]
+    others = [
+        tuple(n if at == axis else wider[at][way] if at > 0 else n + way for at, n in enumerate(shape))
+        for way in range(3)
+    ]
+    return [shape, *([] if value.tensor_type.fixed else others)]
+
+
+def _along(channels: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
+    return channels.reshape(-1, *[1] * (len(shape) - axis - 1)).expand(*shape)
+
+
+def _moved(reader: Value, probes: Sequence[Tensor]) -> list[Tensor]:
+    """What the reader makes of the probes; one that it does not take is of a size that the model does not take."""
+    op = reader.op.cast(torch.float64)
+    moved = [op.evaluate(probes[0])]
+    for probe in probes[1:]:
+        try:
+            moved.append(op.evaluate(probe))
+        except (RuntimeError, ValueError, IndexError):
+            continue
+    return moved
+
+
+def _channel_axis(probes: Sequence[Tensor], channels: Tensor) -> int | None:
+    """The one axis, counted from the front, along which every probe is ``channels`` and nothing else varies."""
+    for axis in range(1, probes[0].dim()):
+        if all(_runs_along(probe, axis, channels) for probe in probes):
+            return axis
+    return None
+
+
+def _runs_along(probe: Tensor, axis: int, channels: Tensor) -> bool:
+    if probe.dim() <= axis or probe.shape[axis] != channels.numel():
+        return False
+    return torch.allclose(probe, _along(channels, axis, probe.shape), rtol=1e-12, atol=0)
