@@ -292,6 +292,20 @@ def test_an_average_pooling_of_equal_windows_is_one() -> None:
     assert compiled_equally(model, 2, 4, 8, 8).report.ops_after["Conv2d"] == 1
 
 
+@pytest.mark.parametrize("case", ["convolution after convolution", "parallel branches", "batch norm before"])
+def test_what_no_tool_for_onnx_merges_is_one_convolution(case: str) -> None:
+    def parallel(x: Tensor, wide: nn.Module, narrow: nn.Module) -> Tensor:
+        return torch.relu(wide(x) + narrow(x))
+
+    model = {
+        "convolution after convolution": nn.Sequential(nn.Conv2d(4, 8, 3, padding=2), nn.Conv2d(8, 4, 3)),
+        "parallel branches": Calls(parallel, wide=nn.Conv2d(4, 4, 3, padding=1), narrow=nn.Conv2d(4, 4, 1)),
+        "batch norm before": nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)),
+    }[case]
+    compiled = compiled_equally(model, 2, 4, 9, 8, objective="depth")
+    assert compiled.report.ops_after["Conv2d"] == 1 and kinds(compiled) <= {"Conv2d", "ReLU"}
+
+
 # --- hooks, dropout, training mode -----------------------------------------------------------------------------------
 
 
