@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from torch import nn
 
-from rgc import BatchNorm, Conv, Value, compose, require, rewrite
+from rgc import AvgPool, BatchNorm, Conv, Value, compose, require, rewrite
 
 
 @rewrite(lambda x, conv, bn: bn(conv(x)))
-def fold_batchnorm(x: Value, conv: Conv, bn: BatchNorm) -> Value:
+def fold_batchnorm(x: Value, conv: Conv | AvgPool, bn: BatchNorm) -> Value:
     require(not bn.training, "batch norm still uses batch statistics; call model.eval() first")
-    return (bn.as_linear() @ conv)(x)
+    return (bn.as_linear() @ _per_channel(conv, x))(x)
 
 
 @fold_batchnorm.also(lambda x, bn, conv: conv(bn(x)))
-def fold_batchnorm_before(x: Value, bn: BatchNorm, conv: Conv) -> Value:
+def fold_batchnorm_before(x: Value, bn: BatchNorm, conv: Conv | AvgPool) -> Value:
     require(not bn.training, "batch norm still uses batch statistics; call model.eval() first")
-    return compose(conv, bn.as_linear(), x.tensor_type.size(conv.spatial))(x)
+    return compose(_per_channel(conv, x), bn.as_linear(), x.tensor_type.size(conv.spatial))(x)
+
+
+def _per_channel(linear: Conv | AvgPool, x: Value) -> Conv:
+    """A pooling does not say of how many channels, and a batch norm of one channel is a scale of any."""
+    return linear.as_conv(x.tensor_type.shape[-linear.spatial - 1], linear.spatial)
 
 
 @fold_batchnorm.also(lambda x, first, second: second(first(x)))
@@ -47,6 +52,11 @@ def linear_layer() -> nn.Module:
 @fold_batchnorm.fires_on(shape=(2, 3, 8, 8))
 def batch_norm_before_an_unpadded_convolution() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval()
+
+
+@fold_batchnorm.fires_on(shape=(2, 3, 8, 8))
+def batch_norms_around_an_average_pooling() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.BatchNorm2d(3)).eval()
 
 
 @fold_batchnorm.fires_on(shape=(2, 3, 6, 5), fixed_size=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rgc import BatchNorm, Conv, Scale, Value, compose, rewrite, unit
+from rgc import AvgPool, BatchNorm, Conv, Scale, Value, compose, rewrite, unit
 
 
 @rewrite(lambda x, linear, scale: scale(linear(x)))
@@ -20,6 +20,21 @@ def fold_scale(x: Value, linear: Conv | Scale | BatchNorm, scale: Scale) -> Valu
 def fold_scale_before(x: Value, scale: Scale, linear: Conv | BatchNorm) -> Value:
     spatial = linear.spatial
     return compose(linear, scale, x.tensor_type.size(spatial))(x)
+
+
+@fold_scale.also(lambda x, pool, scale: scale(pool(x)))
+def fold_scale_after_pooling(x: Value, pool: AvgPool, scale: Scale) -> Value:
+    return (scale @ _per_channel(pool, x))(x)
+
+
+@fold_scale.also(lambda x, scale, pool: pool(scale(x)))
+def fold_scale_before_pooling(x: Value, scale: Scale, pool: AvgPool) -> Value:
+    return compose(_per_channel(pool, x), scale, x.tensor_type.size(pool.spatial))(x)
+
+
+def _per_channel(pool: AvgPool, x: Value) -> Conv:
+    """A pooling does not say of how many channels, and neither does a scale of one number."""
+    return pool.as_conv(x.tensor_type.shape[-pool.spatial - 1], pool.spatial)
 
 
 @fold_scale.also(lambda x, first, second: first(x) + second(x))
@@ -99,6 +114,16 @@ class _Multiples(nn.Module):
 @fold_scale.fires_on(shape=(2, 3, 8, 8))
 def multiples_of_one_value() -> nn.Module:
     return _Multiples().eval()
+
+
+class _Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@fold_scale.fires_on(shape=(2, 3, 8, 8))
+def factor_around_an_average_pooling() -> nn.Module:
+    return nn.Sequential(_Halved(), nn.AvgPool2d(2), _Halved()).eval()
 
 
 @fold_scale.fires_on(shape=(2, 3, 8, 8))

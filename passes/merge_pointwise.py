@@ -11,7 +11,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from rgc import ChannelMean, Conv, Value, compose, rewrite
+from rgc import AvgPool, ChannelMean, Conv, Value, compose, rewrite
 
 
 def has_one_tap(op: Conv | ChannelMean) -> bool:
@@ -23,12 +23,12 @@ Pointwise = Annotated[Conv | ChannelMean, has_one_tap]
 
 
 @rewrite(lambda x, first, second: second(first(x)))
-def merge_pointwise(x: Value, first: Conv, second: Pointwise) -> Value:
+def merge_pointwise(x: Value, first: Conv | AvgPool, second: Pointwise) -> Value:
     return compose(second, first, x.tensor_type.size(first.spatial))(x)
 
 
 @merge_pointwise.also(lambda x, first, second: second(first(x)))
-def merge_pointwise_before(x: Value, first: Pointwise, second: Conv) -> Value:
+def merge_pointwise_before(x: Value, first: Pointwise, second: Conv | AvgPool) -> Value:
     return compose(second, first, x.tensor_type.size(first.spatial))(x)
 
 
@@ -60,6 +60,11 @@ class _ChannelMean(nn.Module):
 @merge_pointwise.fires_on(shape=(2, 3, 8, 8))
 def mean_over_the_channels_of_a_convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), _ChannelMean(), nn.Sigmoid()).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 4, 8, 8))
+def average_pooling_before_a_pointwise_layer() -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 8, 1)).eval()
 
 
 @merge_pointwise.fires_on(shape=(2, 8, 16, 16))

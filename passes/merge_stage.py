@@ -23,7 +23,8 @@ Window = Annotated[Conv | AvgPool, has_several_taps]
 
 @rewrite(lambda x, first, second: second(first(x)))
 def merge_stage(x: Value, first: Window, second: Window) -> Value:
-    return compose(second, first, x.tensor_type.size(first.spatial))(x)
+    channels = x.tensor_type.shape[-first.spatial - 1]  # of which two poolings in a row say nothing
+    return compose(second, first.as_conv(channels, first.spatial), x.tensor_type.size(first.spatial))(x)
 
 
 @merge_stage.fires_on(shape=(2, 3, 9, 8))
@@ -34,6 +35,11 @@ def padding_once_before_both() -> nn.Module:
 @merge_stage.fires_on(shape=(2, 3, 9, 9))
 def vertical_then_horizontal_kernel() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, (3, 1), padding=(1, 0)), nn.Conv2d(16, 4, (1, 3))).eval()
+
+
+@merge_stage.fires_on(shape=(2, 3, 9, 9))
+def two_average_poolings() -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(2, 1), nn.AvgPool2d(2, 1)).eval()
 
 
 @merge_stage.leaves_alone(shape=(2, 3, 9, 9), because="border ring")

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgc.axis import Axis, align_axes, compose_axes, ring
+from rgc.axis import Axis, align_axes, compose_axes, copies, ring
 from rgc.errors import GraphError, Refusal, require
 from rgc.ir import Operator, TensorType
 from rgc.kernels import Kernel, add_kernels, compose_kernels, regroup, transpose_kernel
@@ -441,13 +441,10 @@ def border(second: Conv, first: Conv, size: Size | None) -> Refusal | None:
     Exact iff no window of ``first`` at a position outside its output that ``second`` reads touches real input
     (DESIGN section 4). ``size=None`` asks for every input size at once.
     """
-    padded = [axis for axis, window in enumerate(second.axes) if window.is_padded]
-    if not padded:
+    if not second.is_padded:
         return None
-    if second.padding_mode != "zeros":
-        return _border_of_copies(second, first, size, padded)
-    if first.is_padded and first.padding_mode != "zeros":
-        return Refusal(f"{first.label} pads by {first.padding_mode} where {second.label} pads zeros around its output")
+    if _padding_mode(second, first) != "zeros":
+        return _border_of_copies(second, first, size)
     rings = [ring(outer, inner, None if size is None else size[axis])
              for axis, (outer, inner) in enumerate(zip(second.axes, first.axes, strict=True))]  # fmt: skip
     for axis in [axis for axis, each in enumerate(rings) if each.touched]:
@@ -494,9 +491,14 @@ def _linear_part(second: Conv, first: Conv) -> Conv:
     groups = math.gcd(first.groups, second.groups)
     shape = (second.out_channels, first.in_channels // groups, *(axis.kernel for axis in axes))
     weight = Deferred(shape, lambda: compose_kernels(second.kernels, first.kernels, *steps).weight)
-    padded = [conv for conv in (second, first) if conv.is_padded]
-    mode: PaddingMode = next((conv.padding_mode for conv in padded if conv.padding_mode != "zeros"), "zeros")
-    return _conv_on(axes, weight, groups, padding_mode=mode, pad_value=first.pad_value if first.is_padded else None)
+    mode, value = _padding_mode(second, first), first.pad_value if first.is_padded else None
+    return _conv_on(axes, weight, groups, padding_mode=mode, pad_value=value)
+
+
+def _padding_mode(second: Conv, first: Conv) -> PaddingMode:
+    """What the composition pads with: copies, if one of the two does; the second's before the first's."""
+    padded = [conv.padding_mode for conv in (second, first) if conv.is_padded]
+    return next((mode for mode in padded if mode != "zeros"), "zeros")
 
 
 def _conv_on(axes: Sequence[Axis], weight: Tensor | Deferred, groups: int, **fields: Any) -> Conv:
@@ -641,22 +643,26 @@ def _pushed_ones_of_transposed(second: Conv, entering: Tensor, steps: tuple[list
 # --- the border of padding that copies -----------------------------------------------------------------------------
 
 
-def _border_of_copies(second: Conv, first: Conv, size: Size | None, padded: list[int]) -> Refusal | None:
-    """reflect, replicate, circular: padding copies outputs, so it commutes with what treats all positions alike."""
-    mode = second.padding_mode
-    plain = all(first.kernel[axis] == 1 and first.stride[axis] == 1 and not any(first.padding[axis]) for axis in padded)
-    if plain and (not first.is_padded or (first.padding_mode == mode and first.pad_value is None)):
-        return None
-    same = all(axis.stride == 1 and axis.reach == -1 for axis in first.axes)
-    if mode == "circular" and first.padding_mode == "circular" and same:
-        reach = [max(b1 + b2, a1 + a2) for (b1, a1), (b2, a2) in zip(first.padding, second.padding, strict=True)]
+def _border_of_copies(second: Conv, first: Conv, size: Size | None) -> Refusal | None:
+    """reflect, replicate, circular: exact iff each tap reads the same element in one step as in two, on every axis."""
+    mode = _padding_mode(second, first)
+    axes = [
+        copies(outer, inner, (second.padding_mode, first.padding_mode, mode), None if size is None else size[axis])
+        for axis, (outer, inner) in enumerate(zip(second.axes, first.axes, strict=True))
+    ]
+    shown = [axis for axis in range(len(axes)) if all(each.reads_input for each in (*axes[:axis], *axes[axis + 1 :]))]
+    for axis in (axis for axis in shown if axes[axis].differ):
+        if second.padding_mode == "zeros":
+            around = f"{second.label} pads zeros around its output"
+            return Refusal(f"{first.label} pads by {first.padding_mode} where {around} (axis {axis})")
+        commutes = "which commutes only with a pointwise layer"
+        return Refusal(f"{second.label} pads by {second.padding_mode}, {commutes}; found {first.label} (axis {axis})")
+    for axis in (axis for axis in shown if axes[axis].wrap):
+        widest = max(compose_axes(second.axes[axis], first.axes[axis]).axis.padding)
         if size is None:
-            return Refusal(
-                f"circular padding of {max(reach)} must not wrap twice: exact at a fixed size (--passes all)"
-            )
-        wraps = any(r > n for r, n in zip(reach, size, strict=True))
-        return Refusal(f"circular padding of {reach} would wrap twice around an input of {size}") if wraps else None
-    return Refusal(f"{second.label} pads by {mode}, which commutes only with a pointwise layer; found {first.label}")
+            return Refusal(f"{mode} padding of {widest} must not wrap twice: exact at a fixed size (--passes all)")
+        return Refusal(f"{mode} padding of {widest} would wrap twice around an input of {size}")
+    return None
 
 
 # --- sums --------------------------------------------------------------------------------------------------------

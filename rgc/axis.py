@@ -5,6 +5,7 @@ Everything here is integers: the formulas that DESIGN section 4 states per axis.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ class Axis:
     def reach(self) -> int:
         """before + after - d (k - 1) - 1: equal reach and stride means equal output size for every input size."""
         return self.before + self.after - self.dilation * (self.kernel - 1) - 1
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Before and after."""
+        return self.before, self.after
 
     @property
     def is_padded(self) -> bool:
@@ -125,3 +131,70 @@ def ring(second: Axis, first: Axis, n: int | None) -> Ring:
     }  # fmt: skip
     left, right = any(r < 0 for r in touching), any(r >= inside for r in touching)
     return Ring("leading" if left else "trailing" if right else "", bool(touching))
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Padding by copies of elements, in one step against two."""
+
+    differ: bool  # does a tap read another element?
+    wrap: bool  # would PyTorch have to copy copies?
+    reads_input: bool  # does any tap read an element at all?
+
+
+def copies(second: Axis, first: Axis, modes: tuple[str, str, str], n: int | None) -> Copies:
+    """How ``first`` then ``second`` compare with their composition at ``n`` elements; ``modes`` are what they pad with
+    (second, first, composition).
+
+    Without n: the worst over all sizes. Beyond the width of all kernels and paddings a larger input only moves its two
+    ends apart, and how depends on its remainder by the strides, so one period of sizes from there shows all others.
+
+    >>> copies(Axis(3, 1, 1, 1, 1), Axis(1, 1, 1, 0, 0), ("reflect", "zeros", "reflect"), None).differ
+    False
+    >>> copies(Axis(3, 1, 1, 1, 1), Axis(3, 1, 1, 0, 0), ("reflect", "zeros", "reflect"), None).differ
+    True
+    """
+    if n is not None:
+        return _copies_at(second, first, modes, n)
+    whole = compose_axes(second, first).axis
+    width = whole.dilation * (whole.kernel - 1) + sum(map(abs, first.padding))
+    large = width + first.stride * sum(map(abs, second.padding)) + 1
+    cases = [_copies_at(second, first, modes, m) for m in range(1, large + whole.stride + 1)]
+    return Copies(any(each.differ for each in cases), any(each.wrap for each in cases), True)
+
+
+def _copies_at(second: Axis, first: Axis, modes: tuple[str, str, str], n: int) -> Copies:
+    inside = first.output_size(n)
+    runs = inside > 0 and second.output_size(inside) > 0
+    if not runs or not _can_pad(first, modes[1], n) or not _can_pad(second, modes[0], inside):
+        return Copies(differ=False, wrap=False, reads_input=False)  # the two do not run at this size either
+    if not _can_pad(compose_axes(second, first).axis, modes[2], n):
+        return Copies(differ=False, wrap=True, reads_input=True)
+    differ = reads_input = False
+    for output, outer, inner in itertools.product(
+        range(second.output_size(inside)), range(second.kernel), range(first.kernel)
+    ):
+        position = output * second.stride + outer * second.dilation - second.before
+        tap = inner * first.dilation - first.before
+        middle = _element(position, inside, modes[0])
+        in_two = None if middle is None else _element(middle * first.stride + tap, n, modes[1])
+        in_one = _element(position * first.stride + tap, n, modes[2])
+        differ |= in_one != in_two
+        reads_input |= in_one is not None or in_two is not None
+    return Copies(differ, False, reads_input)
+
+
+def _can_pad(axis: Axis, mode: str, n: int) -> bool:
+    """PyTorch copies what is there, once."""
+    return max(axis.padding) <= {"reflect": n - 1, "circular": n}.get(mode, max(axis.padding))
+
+
+def _element(position: int, n: int, mode: str) -> int | None:
+    """Which of ``n`` elements stands at a position of the padded axis; None for a constant."""
+    if 0 <= position < n:
+        return position
+    if mode == "zeros":
+        return None
+    if mode == "replicate":
+        return min(max(position, 0), n - 1)
+    return position % n if mode == "circular" else (-position if position < 0 else 2 * (n - 1) - position)

@@ -765,7 +765,7 @@ def test_circular_after_circular_is_exact_at_a_size_and_refused_without() -> Non
         merged = compose(second, first, size)
         assert isinstance(merged, Conv) and merged.size == size
         assert_equal_in_two_steps(merged, second, first, 2, size)
-    with pytest.raises(Refusal, match=r"circular padding of \[2, 2\] would wrap twice around an input of \(1, 5\)"):
+    with pytest.raises(Refusal, match=r"circular padding of 2 would wrap twice around an input of \(1, 5\)"):
         compose(second, first, (1, 5))
 
 
@@ -780,6 +780,20 @@ def test_padding_by_copies_is_refused_after_anything_wider(mode: Any, size: Size
     second, first = (three_by_three(s, padding_mode=mode) for s in (1, 3))
     with pytest.raises(Refusal, match=f"pads by {mode}, which commutes only with a pointwise layer; found conv 3x3"):
         compose(second, first, size)
+
+
+@pytest.mark.parametrize(
+    ("mode", "stride", "inner", "outer"),
+    [("reflect", 3, (0, 0), (1, 0)), ("replicate", 1, (2, 2), (1, 1)), ("replicate", 2, (2, 3), (2, 0))],
+)
+def test_copies_of_the_same_elements_are_exact_after_a_wider_or_strided_layer(
+    mode: Any, stride: int, inner: tuple[int, int], outer: tuple[int, int]
+) -> None:
+    """The first element is copied before it only; or every window outside sees nothing but copies of the edge."""
+    kernel = 1 if mode == "reflect" else 3
+    first = Conv(integers(1, 2, 2, kernel, kernel), padding=(inner,) * 2, stride=stride, padding_mode=mode)
+    second = three_by_three(3, bias=True, padding_mode=mode)
+    assert_exact_everywhere(replace(second, padding=(outer,) * 2), first)
 
 
 def test_zeros_around_the_output_of_a_convolution_that_pads_by_copies_are_refused() -> None:
