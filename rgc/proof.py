@@ -102,9 +102,10 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     exact = [source.tensor_type.shape for source in sources]
     spatial = {_spatial(value) for value in values} - {None}
     free = all(v.op.any_size and not isinstance(v.op, Call | Constant) for v in values)
-    if not free or len(spatial) != 1 or len({len(shape) for shape in exact}) > 1 or len({s[1:] for s in exact}) > 1:
+    if not free or len(spatial) > 1 or len({len(shape) for shape in exact}) > 1 or len({s[1:] for s in exact}) > 1:
         return []
-    axes = next(iter(spatial)) or 0
+    elementwise = max(len(exact[0]) - 2, 0)  # no operator names an axis, so all but batch and channels may be small
+    axes = next(iter(spatial), elementwise) or 0
     if len(exact[0]) < axes + 2:
         return []
     reach, stride = _reach(values, sources, axes)
