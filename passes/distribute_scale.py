@@ -97,6 +97,9 @@ def _readers(
         if isinstance(reader.op, Conv):
             yield reader, _folded(reader, scale, probes[0].dim() - 1 - axis)
             continue
+        if isinstance(reader.op, Identity):
+            yield from _readers(graph, reader, scale, channels, axis, probes)
+            continue
         moved = _moved(reader, probes)
         found = _channel_axis(moved, channels)
         if found is None:
