@@ -17,6 +17,7 @@ from rgc import (
     Conv,
     Graph,
     Opaque,
+    Operator,
     Refusal,
     Scale,
     Structural,
@@ -41,7 +42,7 @@ def distribute_scale(graph: Graph) -> Graph:
         try:
             merged = _merged_readers(graph, value)
         except Refusal as refusal:
-            reasons += [f"{value.where}: {refusal.reason}"] if isinstance(value.op, BatchNorm) else []
+            reasons += [f"{value.where}: {refusal.reason}"] if _is_left_to_us(value) else []
             continue
         for reader, op in merged:
             graph.replace(reader, Value(op, reader.inputs, reader.type, reader.origin | value.origin, reader.name))
@@ -59,6 +60,11 @@ def _has_a_neighbour_of_its_own(graph: Graph, value: Value) -> bool:
     return own or (len(readers) == 1 and isinstance(readers[0].op, Conv) and graph.use_count(value) == 1)
 
 
+def _is_left_to_us(value: Value) -> bool:
+    """Is it a batch norm of which no other rewrite says why it stays?"""
+    return isinstance(value.op, BatchNorm) and not isinstance(value.inputs[0].op, Conv | Scale | BatchNorm)
+
+
 def _merged_readers(graph: Graph, value: Value) -> list[tuple[Value, Conv]]:
     """Every convolution that reads the scale with the one that replaces it, or a refusal that names another reader."""
     assert isinstance(value.op, BatchNorm | Scale)
@@ -70,32 +76,30 @@ def _merged_readers(graph: Graph, value: Value) -> list[tuple[Value, Conv]]:
     require(axis > 0, "the scale is along the batch")
     channels = torch.randn(shape[axis], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     probes = [_along(channels, axis, probe) for probe in _probe_shapes(value, axis)]
-    merged = list(_readers(graph, value, scale, channels, probes))
+    merged = list(_readers(graph, value, scale, channels, axis, probes))
     require(bool(merged), "no linear operator reads it")
     return merged
 
 
 def _readers(
-    graph: Graph, value: Value, scale: Scale, channels: Tensor, probes: Sequence[Tensor]
+    graph: Graph, value: Value, scale: Scale, channels: Tensor, axis: int, probes: Sequence[Tensor]
 ) -> Iterator[tuple[Value, Conv]]:
-    """The readers of ``value``; ``probes`` show where its channels are at several sizes."""
-    readers = graph.users(value)
-    counted = sum(reader.inputs.count(value) for reader in readers)
-    require(
-        graph.use_count(value) == counted and value not in graph.effects, f"{value.where} is an output of the model"
-    )
-    axis = _channel_axis(probes, channels)
-    require(axis is not None, f"{value.where} ({value.op.label}) mixes the channels or changes a constant")
-    assert axis is not None
+    """The readers of ``value``, whose channels are along ``axis``; ``probes`` show where they go, at several sizes."""
+    readers = [each for each in graph.users(value) if not _asks_for_the_form(each.op)]
+    is_output = any(leaf is value for leaf in graph.output_values)
+    require(not is_output and value not in graph.effects, f"{value.where} is an output of the model")
     for reader in readers:
-        if isinstance(reader.op, Opaque | Structural) and _asks_for_the_form(reader.op):
-            continue
+        linear = reader.op.affine and len(reader.inputs) == 1
+        require(linear and reader.type is not None, f"{reader.where} ({reader.op.label}) reads it, and is not linear")
+    for reader in readers:
         if isinstance(reader.op, Conv):
             yield reader, _folded(reader, scale, probes[0].dim() - 1 - axis)
             continue
-        moves = reader.op.affine and len(reader.inputs) == 1
-        require(moves and reader.type is not None, f"{reader.where} ({reader.op.label}) reads it, and is not linear")
-        yield from _readers(graph, reader, scale, channels, _moved(reader, probes))
+        moved = _moved(reader, probes)
+        found = _channel_axis(moved, channels)
+        if found is None:
+            raise Refusal(f"{reader.where} ({reader.op.label}) mixes the channels or changes a constant")
+        yield from _readers(graph, reader, scale, channels, found, moved)
 
 
 def _folded(reader: Value, scale: Scale, axes: int) -> Conv:
@@ -109,7 +113,9 @@ def _folded(reader: Value, scale: Scale, axes: int) -> Conv:
     return merged
 
 
-def _asks_for_the_form(op: Opaque | Structural) -> bool:
+def _asks_for_the_form(op: Operator) -> bool:
+    if not isinstance(op, Opaque | Structural):
+        return False
     asked = op.args[1] if op.target is getattr else op.label
     return asked in UNCHANGED
 

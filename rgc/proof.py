@@ -27,6 +27,9 @@ TOLERANCE = 1e-10
 #: Standard deviations of the inputs, in turn: the large one reaches the clamps of ReLU6, Hardtanh and their like.
 MAGNITUDES = (1.0, 100.0)
 
+#: Positions on an axis, at least: so many that a draw shows what a bound of a range hides.
+SMALLEST = 4
+
 #: How an operator says that it does not take an input.
 _DECLINES = (RuntimeError, ValueError, TypeError, IndexError, RgcError)
 
@@ -120,6 +123,7 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     if channel < 1 or len({(shape[1:channel], shape[channel + 1 :]) for shape in exact}) > 1:
         return []
     reach, stride = _reach(values, sources, axes)
+    reach = max(reach, SMALLEST)
     residues = min(max(stride, 2), 4)  # sizes that leave different remainders behind the last window
     sizes = [tuple(reach + stride + (index + axis) % residues for axis in range(axes)) for index in range(residues)]
     return [[_small(shape, axes, size) for shape in exact] for size in sizes]

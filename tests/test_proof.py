@@ -78,6 +78,13 @@ def test_what_is_wrong_at_some_sizes_only_is_seen_whatever_the_example_is(stride
     assert refused(pool, replace(pool, ceil_mode=True), source(1, 4, 12, 12))
 
 
+def test_elementwise_operators_are_checked_at_small_sizes_whatever_the_example_is() -> None:
+    image = source(1, 4, 100_000, 100_000)  # which no memory holds
+    scale = Scale(torch.full((1,), 2.0), torch.zeros(1))
+    assert not refused(scale, replace(scale), image) and refused(scale, replace(scale, shift=torch.ones(1)), image)
+    assert refused(Activation("relu"), Activation("gelu"), image)
+
+
 def test_what_clamps_large_values_only_is_seen() -> None:
     wide = Activation("hardtanh", (("max_val", 50.0), ("min_val", -50.0)))
     assert refused(Scale(torch.ones(1), torch.zeros(1)), wide)

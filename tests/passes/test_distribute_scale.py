@@ -111,7 +111,7 @@ def test_a_single_channel_names_no_axis(calls: Any, compiled: Any, reasons: Any)
 @pytest.mark.parametrize("options", [{"padding": 1}, {"divisor_override": 3}])
 def test_pooling_that_changes_a_constant(options: dict[str, Any], calls: Any, compiled: Any, reasons: Any) -> None:
     model = calls(
-        lambda x, bn, conv, pool: torch.relu(conv(pool(y := bn(torch.relu(x))))) + torch.relu(conv(y)).mean(),
+        lambda x, bn, conv, pool: torch.sigmoid(pool(y := bn(torch.relu(x)))).mean() + torch.relu(conv(y)).mean(),
         bn=nn.BatchNorm2d(6),
         conv=nn.Conv2d(6, 6, 1),
         pool=nn.AvgPool2d(2, **options),
