@@ -143,8 +143,9 @@ class _Lifter:
             return
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
-        for without_effect in ("inplace", "out"):  # out=None, by now
-            kwargs.pop(without_effect, None)
+        kwargs.pop("inplace", None)
+        if kwargs.get("out", self) is None:
+            del kwargs["out"]
         result = self._handle(target, name, args, kwargs)
         if result is None:
             result = self._opaque(node, target, name, inplace, args, kwargs)

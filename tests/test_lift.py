@@ -427,3 +427,8 @@ def test_a_cast_that_the_user_wrote_is_kept_in_a_half_precision_model() -> None:
     model = randomised(Model(lambda m, x: m.second(m.first(x).to(torch.float32).pow(2).to(x.dtype)))).half()
     compiled = rgc.compile(model, torch.randn(1, 4, 9, 8).half())
     assert torch.float32 in [arg for node in compiled.graph.nodes for arg in node.args]
+
+
+def test_an_output_that_is_left_open_is_no_output() -> None:
+    compiled = compiled_equal(Model(lambda m, x: m.second(torch.add(m.first(x), x, out=None))), objective="depth")
+    assert "add" not in compiled.report.ops_after
