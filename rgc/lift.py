@@ -11,7 +11,7 @@ import copy
 import inspect
 import operator
 import os
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +41,8 @@ class Source:
     unflatten: Callable[[Any], Any]  # from what the graph returns to what the model returns
 
 
-_FUNCTIONS: Mapping[str, Handler] = {**FUNCTIONS, **CONTRACTIONS, **NORMALIZATIONS}
-_ATEN: Mapping[str, Handler] = {**ATEN, **ATEN_NORMALIZATIONS}
+_FUNCTIONS: Mapping[str, Handler] = ChainMap(FUNCTIONS, CONTRACTIONS, NORMALIZATIONS)
+_ATEN: Mapping[str, Handler] = ChainMap(ATEN, ATEN_NORMALIZATIONS)
 
 
 def lift(source: Source, dtype: torch.dtype, fixed: bool) -> Graph:
