@@ -35,28 +35,29 @@ from rgc import (
 )
 
 Map = Conv | Scale | BatchNorm | ChannelMean
+View = Structural | ChannelMean
 Reshape = Annotated[Structural, is_reshape]
 Permutation = Annotated[Structural, is_permutation]
 ReshapeAs = Annotated[Opaque, takes_shape_of_another]
 
 
 @rewrite(lambda x, first, view, second: second(view(first(x))))
-def move_views(x: Value, first: Map, view: Structural, second: Map) -> Value:
+def move_views(x: Value, first: Map, view: View, second: Map) -> Value:
     return _merged_behind(x, first, [view], second)
 
 
 @move_views.also(lambda x, first, view, second: second(view(first(x))))
-def merge_before_view(x: Value, first: Map, view: Structural, second: Map) -> Value:
+def merge_before_view(x: Value, first: Map, view: View, second: Map) -> Value:
     return _merged_before(x, first, [view], second)
 
 
 @move_views.also(lambda x, first, a, b, second: second(b(a(first(x)))))
-def merge_behind_two_views(x: Value, first: Map, a: Structural, b: Structural, second: Map) -> Value:
+def merge_behind_two_views(x: Value, first: Map, a: View, b: View, second: Map) -> Value:
     return _merged_behind(x, first, [a, b], second)
 
 
 @move_views.also(lambda x, first, a, b, second: second(b(a(first(x)))))
-def merge_before_two_views(x: Value, first: Map, a: Structural, b: Structural, second: Map) -> Value:
+def merge_before_two_views(x: Value, first: Map, a: View, b: View, second: Map) -> Value:
     return _merged_before(x, first, [a, b], second)
 
 
@@ -79,7 +80,7 @@ def drop_pair_of_permutations(x: Value, view: Permutation, back: Permutation) ->
     return x
 
 
-def _merged_behind(x: Value, first: Linear, views: Sequence[Structural], second: Linear) -> Value:
+def _merged_behind(x: Value, first: Linear, views: Sequence[View], second: Linear) -> Value:
     """second(v(first(x))) as one operator behind the views."""
     before, spatial = _spatial_axes(_after(first, x), first, views, second)
     require(second.spatial is not None or first.spatial is None, "a factor for all channels alike moves to the others")
@@ -92,7 +93,7 @@ def _merged_behind(x: Value, first: Linear, views: Sequence[Structural], second:
     return compose(second, moved, y.tensor_type.size(spatial))(y)
 
 
-def _merged_before(x: Value, first: Linear, views: Sequence[Structural], second: Linear) -> Value:
+def _merged_before(x: Value, first: Linear, views: Sequence[View], second: Linear) -> Value:
     """second(v(first(x))) as one operator before the views."""
     spatial, behind = _spatial_axes(_after(first, x), first, views, second)
     require(first.spatial is not None or second.spatial is None, "a factor for all channels alike moves to the others")
@@ -116,9 +117,7 @@ def _after(first: Linear, x: Value) -> TensorType:
     return first(x).tensor_type
 
 
-def _spatial_axes(
-    given: TensorType, first: Linear | None, views: Sequence[Structural], second: Linear
-) -> tuple[int, int]:
+def _spatial_axes(given: TensorType, first: Linear | None, views: Sequence[View], second: Linear) -> tuple[int, int]:
     """How many axes stand behind the channels before the views, and behind them.
 
     The channel axis is the one on which the two operators act; a factor that is the same for all channels acts on any.
@@ -141,7 +140,7 @@ def _spatial_axes(
     raise refusal
 
 
-def _followed(given: TensorType, axis: int, views: Sequence[Structural]) -> int:
+def _followed(given: TensorType, axis: int, views: Sequence[View]) -> int:
     for view in views:
         axis = carried_axis(view, given, axis)
         found = view.infer(given)
@@ -151,7 +150,7 @@ def _followed(given: TensorType, axis: int, views: Sequence[Structural]) -> int:
     return len(given.shape) - 1 - axis
 
 
-def _require_same_way(given: TensorType, before: int, views: Sequence[Structural], behind: int) -> None:
+def _require_same_way(given: TensorType, before: int, views: Sequence[View], behind: int) -> None:
     """Views that name the number of channels do not take another number."""
     try:
         found = _followed(given, len(given.shape) - 1 - before, views)

@@ -331,8 +331,9 @@ def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, d
         total = _sum_over(lifter, x, dim, keepdim)
         return None if total is None else multiply(lifter, total, 1.0 / len(parts))
     shape, axis = lifter.shape(x), _one_axis(lifter, x, dim)
-    of_tokens = axis == len(shape) - 1 and len(shape) <= 3  # the last axis of an image is a position
-    if axis is None or not keepdim or not (axis == 1 or of_tokens) or axis == 0 or len(shape) > 5:
+    if axis is None or not keepdim or len(shape) > 5:
+        return None
+    if axis != 1 and (axis, len(shape)) != (2, 3):  # the last axis of an image is not one of channels
         return None
     return lifter.emit(ChannelMean(shape[axis], len(shape) - 1 - axis), x)
 

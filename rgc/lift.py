@@ -11,7 +11,7 @@ import copy
 import inspect
 import operator
 import os
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +43,8 @@ class Source:
     unflatten: Callable[[Any], Any]  # from what the graph returns to what the model returns
 
 
-_FUNCTIONS: Mapping[str, Handler] = {**FUNCTIONS, **CONTRACTIONS, **NORMALIZATIONS}
-_ATEN: Mapping[str, Handler] = {**ATEN, **ATEN_NORMALIZATIONS}
+_FUNCTIONS: Mapping[str, Handler] = ChainMap(FUNCTIONS, CONTRACTIONS, NORMALIZATIONS)
+_ATEN: Mapping[str, Handler] = ChainMap(ATEN, ATEN_NORMALIZATIONS)
 
 
 def lift(source: Source, dtype: torch.dtype, fixed: bool) -> Graph:
@@ -147,8 +147,9 @@ class _Lifter:
             return
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
-        for without_effect in ("inplace", "out"):  # out=None, by now
-            kwargs.pop(without_effect, None)
+        kwargs.pop("inplace", None)
+        if kwargs.get("out", self) is None:
+            del kwargs["out"]
         result = self._handle(target, name, args, kwargs)
         if result is None:
             result = self._opaque(node, target, name, inplace, args, kwargs)

@@ -181,6 +181,6 @@ def _random(
         spread = 1.5 * torch.rand(shape, generator=generator, dtype=torch.float64) - 0.25
         return (lower + (upper - lower) * spread).clamp(lower, upper)
     x = magnitude * torch.randn(shape, generator=generator, dtype=torch.float64)
-    if math.isfinite(lower):
-        return lower + x.abs()
-    return upper - x.abs() if math.isfinite(upper) else x
+    if math.isfinite(lower):  # every second time the bound itself
+        return lower + x.clamp(min=0)
+    return upper - x.clamp(min=0) if math.isfinite(upper) else x

@@ -16,19 +16,15 @@ from torch import nn
 from rgc.algebra import Conv, Deferred, Linear, Scale, compose, unit
 from rgc.errors import Refusal, require
 from rgc.ir import Operator, TensorType
-from rgc.operators import Call, Opaque, Slot, Structural
+from rgc.operators import Call, ChannelMean, Opaque, Slot, Structural
 
 
-def carried_axis(call: Structural, given: TensorType, axis: int) -> int:
+def carried_axis(call: Structural | ChannelMean, given: TensorType, axis: int) -> int:
     """The axis of ``call``'s result that holds just what ``axis`` of a tensor of the type ``given`` held.
 
     Raises a `Refusal` where the call changes that axis, or is not known to leave it alone at every size.
     """
-    args, kwargs = _arguments(call)
-    follow = _FOLLOW.get(call.label.split(".")[0])
-    place = None
-    if follow is not None and call.args[:1] in ((Slot(0),), ()) and _accepts(follow, given, axis, args, kwargs):
-        place = follow(given, axis, *args, **kwargs)
+    place = _place(call, given, axis)
     if place is None:
         raise Refusal(f"{call.label} is not known to leave axis {axis} of {given} whole at every size")
     return place
@@ -74,6 +70,16 @@ _RESHAPES = frozenset({"flatten", "Flatten", "unflatten", "Unflatten", "reshape"
 
 
 _PERMUTATIONS = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+
+
+def _place(call: Structural | ChannelMean, given: TensorType, axis: int) -> int | None:
+    if isinstance(call, ChannelMean):  # of the positions, where the channels are on another axis
+        return None if axis == len(given.shape) - 1 - call.axes else axis
+    args, kwargs = _arguments(call)
+    follow = _FOLLOW.get(call.label.split(".")[0])
+    if follow is None or call.args[:1] not in ((Slot(0),), ()) or not _accepts(follow, given, axis, args, kwargs):
+        return None
+    return follow(given, axis, *args, **kwargs)
 
 
 def _arguments(call: Structural) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -205,6 +205,7 @@ def test_a_mean_that_stays_is_emitted_as_a_mean() -> None:
     lambda m, x: m.a(x).mean((2, 3), keepdim=True),
     lambda m, x: m.a(x).mean((1, 2), keepdim=True),
     lambda m, x: m.a(x).mean(2, keepdim=True),
+    lambda m, x: m.a(x).mean(3, keepdim=True),
     lambda m, x: m.a(x).mean(0, keepdim=True),
     lambda m, x: m.a(x).sum(1, keepdim=True),
     lambda m, x: m.a(x).mean(),

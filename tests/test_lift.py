@@ -423,6 +423,11 @@ def test_a_cast_that_the_user_wrote_is_kept_in_a_half_precision_model() -> None:
     assert torch.float32 in [arg for node in compiled.graph.nodes for arg in node.args]
 
 
+def test_an_output_that_is_left_open_is_no_output() -> None:
+    compiled = compiled_equal(Model(lambda m, x: m.second(torch.add(m.first(x), x, out=None))), objective="depth")
+    assert "add" not in compiled.report.ops_after
+
+
 # --- functions and their other names ---------------------------------------------------------------------------------
 
 

@@ -794,7 +794,7 @@ MUTANTS = [
     ),
     Mutant(
         "difference lifted as a sum",
-        lambda p: p.replace_item(functions.FUNCTIONS, "sub", lambda original, *args: functions._add(*args)),
+        lambda p: p.replace_item(functions.FUNCTIONS, "sub", lambda original, *args: functions.add(*args)),
         together(subtract, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
     ),
     Mutant(

@@ -75,6 +75,12 @@ def test_the_channels_are_found_again(view: Structural, axis: int, expected: int
     assert carried_axis(view, type_of(X), axis) == expected
 
 
+def test_a_mean_over_one_axis_leaves_the_others() -> None:
+    assert [carried_axis(ChannelMean(5, 1), type_of(X), axis) for axis in (0, 1, 3)] == [0, 1, 3]
+    with pytest.raises(Refusal, match="mean is not known to leave axis 2"):
+        carried_axis(ChannelMean(5, 1), type_of(X), 2)
+
+
 def test_pooling_of_one_axis_leaves_the_channels_before_it() -> None:
     pool, x = call(nn.AdaptiveAvgPool1d(2)), random(2, 4, 5)
     assert carried_axis(pool, type_of(x), 1) == 1

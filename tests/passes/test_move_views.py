@@ -27,6 +27,7 @@ def tokens(x: Tensor) -> Tensor:
     (lambda x, a, b: b(a(x)[:, 0]), (nn.Linear(6, 8), nn.Linear(8, 5)), (2, 7, 6), {"Linear": 1}),
     (lambda x, a, b: b(a(x).permute(0, 3, 1, 2)), (nn.Linear(6, 4), nn.Conv2d(4, 5, 3)), (2, 9, 8, 6), {"Conv2d": 1}),
     (lambda x, a, b: b(a(x).permute(0, 2, 3, 1)), (nn.Conv2d(6, 4, 3), nn.Linear(4, 5)), (2, 6, 9, 8), {"Conv2d": 1}),
+    (lambda x, a, b: b(a(x).mean(2, keepdim=True)), (nn.Conv1d(6, 8, 1), nn.Conv1d(8, 5, 1)), (2, 6, 9), {"Conv1d": 1}),
     (lambda x, a, b: b(2 * a(x).flatten(2)), (nn.Conv2d(6, 4, 3), nn.Conv1d(4, 5, 1)), (2, 6, 9, 8), {"Conv2d": 1}),
 ])  # fmt: skip
 @pytest.mark.parametrize("objective", ["depth", "latency"])
