@@ -86,12 +86,8 @@ def capture(
     return Capture(graph, "submodules", partial.fixed_size, tuple(notes), 0.0, tuple(partial.compiled))
 
 
-def _symbolic(model: nn.Module, example: Example) -> tuple[Source, bool]:
-    return trace_symbolically(model, example), False
-
-
 _TRACES: dict[str, Callable[[nn.Module, Example], tuple[Source, bool]]] = {
-    "torch.fx": _symbolic, "torch.export": trace_by_export,
+    "torch.fx": trace_symbolically, "torch.export": trace_by_export,
 }  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def _multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
 def _divide(lifter: Lifting, x: Any, y: Any, rounding_mode: str | None = None) -> Value | None:
     if isinstance(y, Value) or rounding_mode is not None or isinstance(y, bool):
         return None
-    return _multiply(lifter, x, 1.0 / y)
+    return _multiply(lifter, x, 1.0 / (y.double() if isinstance(y, Tensor) else y))
 
 
 def _negate(lifter: Lifting, x: Any) -> Value | None:

@@ -401,7 +401,7 @@ def _source_line(node: fx.Node) -> str:
     return ""
 
 
-_FRONT_END = ("example", "export_tier", "frontend", "functions", "lift", "modules", "symbolic_tier")
+_FRONT_END = ("example", "export_tier", "frontend", "functions", "lift", "modules", "symbolic_tier", "traced_value")
 _TRACER_HOMES = (
     f"{Path(torch.__file__).parent}{os.sep}",
     *(str(Path(__file__).with_name(f"{n}.py")) for n in _FRONT_END),
