@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
-from rgc.emit import emit, operator_counts
+from rgc.emit import emit, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, copy_model, output_difference, precisely, unchanged_generators
@@ -467,6 +467,7 @@ def _report(
         failures=record.failures,
         ops_before=sum(map(operator_counts, before), Counter()),
         ops_after=sum(map(operator_counts, after), Counter()),
+        opaque=sum(map(opaque_counts, after), Counter()),
         params_before=sum(tensor.numel() for tensor in subject.model.parameters()),
         params_after=_elements(attempt.module),
         macs_before=sum(macs(value) for graph in before for value in graph.nodes()),

@@ -29,6 +29,7 @@ from rgc.operators import (
     Flatten,
     Identity,
     Multiply,
+    Opaque,
     Slot,
     Unflatten,
 )
@@ -43,8 +44,22 @@ def operator_counts(graph: Graph) -> Counter[str]:
     """Layers and functions that the graph runs, by PyTorch's names; views and checks do not count."""
     counts: Counter[str] = Counter()
     for value in graph.nodes():
-        counts.update(_layer_names(value.op))
+        counts.update([] if _is_arithmetic_on_sizes(value) else _layer_names(value.op))
     return counts
+
+
+def opaque_counts(graph: Graph) -> Counter[str]:
+    """Those of the counted layers and functions that rgc passes through untouched, because it does not know them."""
+    counts: Counter[str] = Counter()
+    for value in graph.nodes():
+        if isinstance(value.op, Opaque) and not _is_arithmetic_on_sizes(value):
+            counts.update(_layer_names(value.op))
+    return counts
+
+
+def _is_arithmetic_on_sizes(value: Value) -> bool:
+    """Is it a number that is computed from numbers? Only tensors have a type."""
+    return bool(value.inputs) and value.type is None and all(used.type is None for used in value.inputs)
 
 
 def _layer_names(op: Operator) -> list[str]:
