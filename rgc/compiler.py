@@ -287,6 +287,7 @@ class _Child:
     before: Graph
     after: Graph
     record: Record
+    fixed_size: bool
 
 
 def _captured_and_proved(
@@ -301,7 +302,7 @@ def _captured_and_proved(
         if not tiers:
             raise NotEquivalentError("no part may be compiled")
         children[path], module = _child(child, call, passes, fixed, policy, dtype, subject.tolerance)
-        return module, not _holds_at_any_size(children[path].after)
+        return module, children[path].fixed_size
 
     while True:
         captured = capture(
@@ -427,11 +428,13 @@ def _child(
         child, call, expected, dtype, fixed=fixed, compile_child=_no_child, tolerance=tolerance, tiers=TIERS[:1]
     )
     if captured.tier == "submodules":
-        raise NotEquivalentError("no tier traces this part")
+        raise NotEquivalentError(captured.notes[0])
+    if captured.fixed_size and not fixed:
+        raise NotEquivalentError("what it does depends on the size of its input, which the rest may change")
     graph, record = apply(copy_graph(captured.graph), passes, policy, same)
     module = emit(graph, None)
     difference(call.run(module))
-    return _Child(captured.graph, graph, record), module
+    return _Child(captured.graph, graph, record, captured.fixed_size or not _holds_at_any_size(graph)), module
 
 
 def _no_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:

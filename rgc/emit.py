@@ -59,7 +59,9 @@ def opaque_counts(graph: Graph) -> Counter[str]:
 
 def _is_arithmetic_on_sizes(value: Value) -> bool:
     """Is it a number that is computed from numbers? Only tensors have a type."""
-    return bool(value.inputs) and value.type is None and all(used.type is None for used in value.inputs)
+    if not value.inputs or (isinstance(value.op, Call) and isinstance(value.op.target, nn.Module)):
+        return False
+    return value.type is None and all(used.type is None for used in value.inputs)
 
 
 def _layer_names(op: Operator) -> list[str]:

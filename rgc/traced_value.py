@@ -9,8 +9,10 @@ batch stays free. What depends on the values of tensors is never a constant, for
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +52,10 @@ class AnsweringTracer(fx.Tracer):
         self.is_answering = False  # off while inputs are declared, and while a call runs on tensors without data
         self.is_running = False
         self.assumed_sizes = False
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _without_complaints():
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> TracedValue:
         return TracedValue(node, self)
@@ -127,6 +133,18 @@ class AnsweringTracer(fx.Tracer):
         if isinstance(first, torch.Size) and len({len(each) for each in answers}) == 1:
             return tuple(self._element(made, axis) for axis in range(len(first)))
         return made
+
+
+@contextmanager
+def _without_complaints() -> Iterator[None]:
+    """A call that tensors without data do not take is no error here, although torch logs it as one."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _UnknownError(Exception):
