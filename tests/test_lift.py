@@ -418,3 +418,17 @@ def test_a_cast_that_the_user_wrote_is_kept_in_a_half_precision_model() -> None:
     model = randomised(Model(lambda m, x: m.second(m.first(x).to(torch.float32).pow(2).to(x.dtype)))).half()
     compiled = rgc.compile(model, torch.randn(1, 4, 9, 8).half())
     assert torch.float32 in [arg for node in compiled.graph.nodes for arg in node.args]
+
+
+def test_a_slice_may_end_at_a_size() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows, columns = x.shape[2:]
+        return m.first(x)[:, :, : rows - 2] + m.weights.view(1, 4, 1, 1).expand(1, 4, 1, 40)[..., 1 : columns + 1]
+
+    model = Model(forward).eval()
+    compiled = rgc.compile(model, torch.randn(1, 4, 9, 8))
+    assert compiled.report.tier == "torch.fx" and not compiled.report.fixed_size
+    assert "slice" not in compiled.report.ops_after
+    for shape in ((1, 4, 9, 8), (3, 4, 12, 11)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), model(x))
