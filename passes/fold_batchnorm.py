@@ -34,6 +34,14 @@ def fold_batchnorm_pair(x: Value, first: BatchNorm, second: BatchNorm) -> Value:
     return (second.as_linear() @ first.as_linear())(x)
 
 
+@fold_batchnorm.also(lambda x, bn: bn(x))
+def fold_batchnorm_alone(x: Value, bn: BatchNorm) -> Value:
+    """Nothing to fold into; a batch norm that stays says why."""
+    require(not bn.training, "batch norm still uses batch statistics; call model.eval() first")
+    require(False, f"no linear layer that could take it up stands directly before or behind it; it reads {x.op.label}")
+    return bn(x)
+
+
 @fold_batchnorm.fires_on(shape=(2, 3, 8, 8))
 def convolution_without_bias() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
@@ -67,6 +75,11 @@ def batch_norm_before_a_padded_convolution_at_a_fixed_size() -> nn.Module:
 @fold_batchnorm.leaves_alone(shape=(2, 3, 8, 8), because="batch statistics")
 def batch_norm_without_statistics() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+
+
+@fold_batchnorm.leaves_alone(shape=(2, 3, 8, 8), because="it reads max pool")
+def batch_norm_between_other_layers() -> nn.Module:
+    return nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.ReLU()).eval()
 
 
 @fold_batchnorm.fires_on(shape=(2, 3, 8, 8))

@@ -21,10 +21,14 @@ CompileChild = Callable[[str, nn.Module, Example], tuple[nn.Module, bool]]
 
 @dataclass
 class Partial:
-    """A model with some of its parts compiled: which, and whether one of them holds at the example's size only."""
+    """A model with some of its parts compiled: which, and whether one of them holds at the example's size only.
+
+    ``kept`` says of each part in which nothing was compiled why it is as it was.
+    """
 
     model: nn.Module
     compiled: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     fixed_size: bool = False
 
 
@@ -35,27 +39,35 @@ def compile_parts(
     partial = Partial(copy_model(model))
     calls = _record_calls(model, example)
 
-    def visit(parent: nn.Module, path: str) -> None:
+    def visit(parent: nn.Module, path: str) -> bool:
+        """Compile what can be; True if there was something."""
+        found = False
         for name, child in list(parent.named_children()):
             here = f"{path}.{name}".lstrip(".")
-            if not _replace(parent, name, here):
-                visit(child, here)
+            reason = _replace(parent, name, here) if list(child.children()) else ""  # a single layer has no parts
+            inside = reason is not None and visit(child, here)
+            if reason and not inside:
+                partial.kept = {other: why for other, why in partial.kept.items() if not other.startswith(f"{here}.")}
+                partial.kept[here] = reason
+            found = found or inside or reason is None
+        return found
 
-    def _replace(parent: nn.Module, name: str, here: str) -> bool:
+    def _replace(parent: nn.Module, name: str, here: str) -> str | None:
+        """Put a compiled part in the place of a child; why not, where it cannot be."""
         child, call = getattr(parent, name), calls.get(here)
-        if call is None or not list(child.children()):  # never called, called in several ways, or a single layer
-            return False
+        if call is None:
+            return "it is not called on the example, or in several ways"
         try:
             replacement, fixed = compile_child(here, child, call)
-        except RgcError:
-            return False
+        except RgcError as error:
+            return str(error)
         setattr(parent, name, replacement)
         if not _difference(partial.model, example, expected) <= tolerance:
             setattr(parent, name, child)
-            return False
+            return "the model reads more of it than its output"
         partial.compiled.append(here)
         partial.fixed_size = partial.fixed_size or fixed
-        return True
+        return None
 
     visit(partial.model, "")
     return partial

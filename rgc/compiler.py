@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
-from rgc.emit import emit, operator_counts
+from rgc.emit import emit, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, copy_model, output_difference, precisely, unchanged_generators
@@ -293,6 +293,7 @@ class _Child:
     before: Graph
     after: Graph
     record: Record
+    fixed_size: bool
 
 
 def _captured_and_proved(
@@ -307,7 +308,7 @@ def _captured_and_proved(
         if not tiers:
             raise NotEquivalentError("no part may be compiled")
         children[path], module = _child(child, call, passes, fixed, policy, dtype, subject.tolerance)
-        return module, not _holds_at_any_size(children[path].after)
+        return module, children[path].fixed_size
 
     while True:
         captured = capture(
@@ -433,11 +434,13 @@ def _child(
         child, call, expected, dtype, fixed=fixed, compile_child=_no_child, tolerance=tolerance, tiers=TIERS[:1]
     )
     if captured.tier == "submodules":
-        raise NotEquivalentError("no tier traces this part")
+        raise NotEquivalentError(captured.notes[0])
+    if captured.fixed_size and not fixed:
+        raise NotEquivalentError("what it does depends on the size of its input, which the rest may change")
     graph, record = apply(copy_graph(captured.graph), passes, policy, same)
     module = emit(graph, None)
     difference(call.run(module))
-    return _Child(captured.graph, graph, record), module
+    return _Child(captured.graph, graph, record, captured.fixed_size or not _holds_at_any_size(graph)), module
 
 
 def _no_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
@@ -473,6 +476,7 @@ def _report(
         failures=record.failures,
         ops_before=sum(map(operator_counts, before), Counter()),
         ops_after=sum(map(operator_counts, after), Counter()),
+        opaque=sum(map(opaque_counts, after), Counter()),
         params_before=sum(tensor.numel() for tensor in subject.model.parameters()),
         params_after=_elements(attempt.module),
         macs_before=sum(macs(value) for graph in before for value in graph.nodes()),

@@ -32,6 +32,7 @@ from rgc.operators import (
     MaxPool,
     Multiply,
     Normalize,
+    Opaque,
     Slot,
     Unflatten,
     Upsample,
@@ -49,7 +50,16 @@ def operator_counts(graph: Graph) -> Counter[str]:
     """Layers and functions that the graph runs, by PyTorch's names; views and checks do not count."""
     counts: Counter[str] = Counter()
     for value in graph.nodes():
-        if not _is_joined(graph, value):
+        if not _is_joined(graph, value) and not _is_arithmetic_on_sizes(value):
+            counts.update(_layer_names(value))
+    return counts
+
+
+def opaque_counts(graph: Graph) -> Counter[str]:
+    """Those of the counted layers and functions that rgc passes through untouched, because it does not know them."""
+    counts: Counter[str] = Counter()
+    for value in graph.nodes():
+        if isinstance(value.op, Opaque) and not _is_arithmetic_on_sizes(value):
             counts.update(_layer_names(value))
     return counts
 
@@ -57,6 +67,13 @@ def operator_counts(graph: Graph) -> Counter[str]:
 def _is_joined(graph: Graph, value: Value) -> bool:
     """Is ``value`` the affine part of a normalisation that nobody else reads, so that one layer does both?"""
     return completes(value) and graph.use_count(value.inputs[0]) == 1
+
+
+def _is_arithmetic_on_sizes(value: Value) -> bool:
+    """Is it a number that is computed from numbers? Only tensors have a type."""
+    if not value.inputs or (isinstance(value.op, Call) and isinstance(value.op.target, nn.Module)):
+        return False
+    return value.type is None and all(used.type is None for used in value.inputs)
 
 
 def _layer_names(value: Value) -> list[str]:

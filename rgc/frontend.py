@@ -81,17 +81,14 @@ def capture(
         notes.append(f"{tier} traces another function: it differs from the model by {error:.1e} of the output's scale")
     _require_repeatable(model, example, expected, tolerance)
     partial = compile_parts(model, example, expected, compile_child, tolerance)
+    notes += [f"{path} is kept as it is: {reason}" for path, reason in partial.kept.items()]
     notes.append(f"the model is kept as it is; compiled in place: {', '.join(partial.compiled) or 'nothing'}")
     graph = opaque_graph(partial.model, example, dtype, fixed)
     return Capture(graph, "submodules", partial.fixed_size, tuple(notes), 0.0, tuple(partial.compiled))
 
 
-def _symbolic(model: nn.Module, example: Example) -> tuple[Source, bool]:
-    return trace_symbolically(model, example), False
-
-
 _TRACES: dict[str, Callable[[nn.Module, Example], tuple[Source, bool]]] = {
-    "torch.fx": _symbolic, "torch.export": trace_by_export,
+    "torch.fx": trace_symbolically, "torch.export": trace_by_export,
 }  # fmt: skip
 
 

@@ -284,7 +284,7 @@ def _product(lifter: Lifting, x: Any, y: Any) -> Any:
 def _divide(lifter: Lifting, x: Any, y: Any, rounding_mode: str | None = None) -> Value | None:
     if isinstance(y, Value) or rounding_mode is not None or isinstance(y, bool):
         return None
-    return multiply(lifter, x, 1.0 / y)
+    return multiply(lifter, x, 1.0 / (y.double() if isinstance(y, Tensor) else y))
 
 
 def _negate(lifter: Lifting, x: Any) -> Value | None:

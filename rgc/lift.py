@@ -128,7 +128,7 @@ class _Lifter:
         return value
 
     def _call(self, node: fx.Node) -> None:
-        args, kwargs = self._resolve(node.args), dict(self._resolve(dict(node.kwargs)))
+        args, kwargs = tree_map(self._slice, (self._resolve(node.args), dict(self._resolve(dict(node.kwargs)))))
         target: Any = node.target
         if node.op == "call_module":
             target = self.source.root.get_submodule(str(node.target))
@@ -161,6 +161,17 @@ class _Lifter:
             self._bind(node, result)
         if node.target in _EFFECTS and isinstance(result, Value):
             self.effects.append(result)
+
+    def _slice(self, leaf: Any) -> Any:
+        """A slice whose ends are values is a value itself: ``x[:, :n]`` with a size ``n``."""
+        if not isinstance(leaf, slice):
+            return leaf
+        ends = (leaf.start, leaf.stop, leaf.step)
+        values = [end for end in ends if isinstance(end, Value)]
+        if not values:
+            return leaf
+        slots = iter(range(len(values)))
+        return self.emit(Opaque(slice, tuple(Slot(next(slots)) if isinstance(e, Value) else e for e in ends)), *values)
 
     def _handle(self, target: Any, name: str, args: Any, kwargs: Any) -> Any:
         """What the table makes of a call; None for a name, a form or a signature that it does not know."""
@@ -444,7 +455,7 @@ def _source_line(node: fx.Node) -> str:
 
 _FRONT_END = (
     "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
-    "symbolic_tier",
+    "rearrange_calls", "symbolic_tier", "traced_value",
 )  # fmt: skip
 _TRACER_HOMES = (
     f"{Path(torch.__file__).parent}{os.sep}",

@@ -73,7 +73,8 @@ class Verification:
 class Report:
     """The record of one compilation; ``to_json()`` for machines, ``rich.print(report)`` for people.
 
-    ops_*: layers and functions by name, as a `collections.Counter`. params_*: elements of parameters and constants.
+    ops_*: layers and functions by name, as a `collections.Counter`. opaque: those of ops_after that rgc does not know
+    and passed through untouched. params_*: elements of parameters and constants.
     macs_*: multiply-accumulates for the example. fixed_size: does the result hold at the example's size only?
     max_error: as in `Verification`.
     """
@@ -94,6 +95,7 @@ class Report:
     macs_before: int
     macs_after: int
     fixed_size: bool
+    opaque: Counter[str] = field(default_factory=Counter)
     verification: Verification | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -105,8 +107,9 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as JSON."""
-        counts = {"ops_before": dict(self.ops_before), "ops_after": dict(self.ops_after)}
-        rest = dataclasses.asdict(dataclasses.replace(self, ops_before=Counter(), ops_after=Counter()))
+        counts = {name: dict(getattr(self, name)) for name in ("ops_before", "ops_after", "opaque")}
+        plain = dataclasses.replace(self, ops_before=Counter(), ops_after=Counter(), opaque=Counter())
+        rest = dataclasses.asdict(plain)
         return json.dumps({**rest, **counts, "max_error": self.max_error}, indent=2)
 
     def _refusals_by_reason(self) -> dict[tuple[str, str], list[str]]:
@@ -130,6 +133,9 @@ class Report:
         for column in counts.columns[1:]:
             column.justify = "right"
         yield counts
+        if self.opaque:
+            untouched = ", ".join(f"{name} {count}" for name, count in sorted(self.opaque.items()))
+            yield Text(f"passed through untouched: {untouched}")
         fired = Counter((firing.rewrite, firing.evidence) for firing in self.rewrites)
         if fired:
             yield Text("\nrewrites", style="bold")

@@ -3,49 +3,105 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from rgc.errors import TraceError
 from rgc.example import Binding, Example, copy_model, declare, precisely
 from rgc.lift import Source
 from rgc.modules import has_hooks, is_leaf
+from rgc.traced_value import AnsweringTracer
+
+#: The batch of a second call, by which a trace tells the batch from other sizes: not a size that turns up by chance.
+OTHER_BATCH = 19
 
 
-def trace_symbolically(model: nn.Module, example: Example) -> Source:
-    """The program of ``model`` with its module names; sizes stay free.
+def trace_symbolically(model: nn.Module, example: Example) -> tuple[Source, bool]:
+    """The program of ``model`` with its module names, and whether it checks that sizes are those of the example.
 
-    Raises `TraceError`, or whatever the model's own code raises when it computes with symbols.
+    Sizes stay free where ``forward`` asks nothing about them. Raises `TraceError`, or whatever the model's own code
+    raises when it computes with symbols.
     """
     if has_hooks(model):
         raise TraceError("the model itself has forward hooks, which tracing would lose")
-    try:
-        return _trace(model, example, symbolic_parameters=False)
-    except TraceError:
-        raise
-    except Exception as error:
-        # What fails on parameters that are constants may trace with symbols for them: `token.expand(batch, -1, -1)`.
-        try:
-            return _trace(model, example, symbolic_parameters=True)
-        except Exception:
-            raise error from None
+    # What fails on parameters that are constants may trace with symbols for them (`token.expand(batch, -1, -1)`), and
+    # what asks about sizes (`if height % 7`) with the sizes of the example.
+    first: Exception | None = None
+    for sizes_are_constant in (False, True):
+        for symbolic_parameters in (False, True):
+            try:
+                return _trace(model, example, symbolic_parameters, sizes_are_constant)
+            except TraceError:
+                raise
+            except Exception as error:  # the model's own code may raise anything
+                first = first or error
+    assert first is not None
+    raise first from None
 
 
-def _trace(model: nn.Module, example: Example, *, symbolic_parameters: bool) -> Source:
+def _trace(
+    model: nn.Module, example: Example, symbolic_parameters: bool, sizes_are_constant: bool
+) -> tuple[Source, bool]:
     binding = example.binding(model)
     traced = copy_model(model)  # tracing runs forward, which may write to the model
-    tracer = _Tracer(binding, symbolic_parameters)
+    calls = [example, *_other_calls(example, sizes_are_constant)]
+    probes = [call.binding(model).values for call in calls]
+    tracer = _Tracer(binding, probes, symbolic_parameters, sizes_are_constant)
     with torch.no_grad(), precisely(example.tensors):
         graph = tracer.trace(traced)
     _require_unchanged(model, traced)
+    if tracer.assumed_sizes:
+        _check_sizes(graph, tracer.inputs, tree_flatten(binding.call(binding.values))[0], example)
     spec = tracer.output_spec
     assert spec is not None  # set by the trace
-    return Source(graph, traced, binding.values, {}, lambda leaves: tree_unflatten(list(leaves), spec))
+    source = Source(graph, traced, binding.values, {}, lambda leaves: tree_unflatten(list(leaves), spec))
+    return source, tracer.assumed_sizes
+
+
+def _other_calls(example: Example, same_sizes: bool) -> list[Example]:
+    """Calls by which a trace tells what depends on the batch and, unless ``same_sizes``, on other sizes."""
+    if same_sizes:
+        return [_resized(example, 1, 0)]
+    return [_resized(example, 2, 3), _resized(example, 1, -1)]
+
+
+def _resized(example: Example, factor: int, shift: int) -> Example:
+    """The example with another batch, and each axis behind the channels of another size in its own way."""
+    batch = next((tensor.shape[0] for tensor in example.tensors if tensor.dim() > 1), None)
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
+            return leaf
+        first = OTHER_BATCH if leaf.shape[0] == batch else leaf.shape[0]
+        rest = [max(1, factor * size + shift * axis) for axis, size in enumerate(leaf.shape[2:], 1)]
+        return leaf.new_empty((first, leaf.shape[1], *rest))
+
+    return Example(tree_map(resized, example.args), tree_map(resized, example.kwargs))
+
+
+def _check_sizes(graph: fx.Graph, inputs: Sequence[Any], leaves: Sequence[Any], example: Example) -> None:
+    """Refuse other sizes than those of the example at run time; the batch stays free."""
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    batch = next((tensor.shape[0] for tensor in example.tensors if tensor.dim() > 1), None)
+    pairs = [(proxy.node, leaf) for proxy, leaf in zip(inputs, leaves, strict=True) if isinstance(leaf, Tensor)]
+    nodes = list(graph.nodes)
+    last = max((nodes.index(node) for node, _ in pairs), default=-1)
+    with graph.inserting_before(nodes[last + 1]):
+        for node, leaf in pairs:
+            start = 1 if leaf.dim() > 1 and leaf.shape[0] == batch else 0
+            size = tuple(leaf.shape[start:])
+            shape = tracer.create_proxy("call_function", getattr, (fx.Proxy(node, tracer), "shape"), {})
+            rest = tracer.create_proxy("call_function", operator.getitem, (shape, slice(start, None)), {})
+            same = tracer.create_proxy("call_function", operator.eq, (rest, size), {})
+            wanted = "x".join(map(str, size))
+            message = f"this compiled model holds where {node.name} is of size {wanted}"
+            message += " (any batch); compile it again for another" if start else "; compile it again for another"
+            tracer.create_proxy("call_function", torch._assert, (same, message), {})
 
 
 class RefuseAutocast(TorchFunctionMode):
@@ -65,21 +121,21 @@ class RefuseAutocast(TorchFunctionMode):
             raise TraceError("forward turns autocast on or off, which a graph cannot hold")
 
 
-class _Proxy(fx.Proxy):
-    """A proxy to whose items one may assign, as the lifting knows assignments."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class _Tracer(fx.Tracer):
+class _Tracer(AnsweringTracer):
     """Symbolic tracing in which all but the tensors of the example (and of the model, if asked) is a constant."""
 
     record_stack_traces = True
 
-    def __init__(self, binding: Binding, symbolic_parameters: bool) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        binding: Binding,
+        probes: Sequence[Mapping[str, Any]],
+        symbolic_parameters: bool,
+        sizes_are_constant: bool,
+    ) -> None:
+        super().__init__(probes, sizes_are_constant)
         self._binding = binding
+        self.inputs: list[Any] = []
         self.proxy_buffer_attributes = self._symbolic_parameters = symbolic_parameters
         self._autocast = RefuseAutocast()
         self.output_spec: TreeSpec | None = None
@@ -91,12 +147,11 @@ class _Tracer(fx.Tracer):
         return pytorchs_own and "forward" not in m.__dict__
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.is_running:
+            return attr_val
         if self._symbolic_parameters and isinstance(attr_val, Tensor) and attr_val.dim():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         return attr_val
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self._autocast.check()
@@ -106,6 +161,8 @@ class _Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         args, kwargs = self._binding.call(declare(self, self._binding))
+        self.inputs = tree_flatten((args, kwargs))[0]
+        self.is_answering = True
 
         def run(*_: Any) -> list[Any]:
             leaves, self.output_spec = tree_flatten(root_fn(self.root, *args, **kwargs))

@@ -65,7 +65,10 @@ def test_a_part_whose_layers_the_model_reads_stays_as_it_is() -> None:
 
     model = ReadsItsHead().eval()
     compiled = rgc.compile(model, X)
-    assert compiled.report.notes[-1] == "the model is kept as it is; compiled in place: backbone"
+    assert compiled.report.notes[-2:] == [
+        "head is kept as it is: the model reads more of it than its output",
+        "the model is kept as it is; compiled in place: backbone",
+    ]
     assert output_difference(model(X), compiled(X)) < 1e-5
 
 
@@ -74,7 +77,39 @@ def test_a_part_called_in_two_ways_stays_as_it_is() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), self.backbone(x[:, :, :7, :7])
 
-    assert rgc.compile(Twice().eval(), X).report.notes[-1].endswith("compiled in place: head")
+    notes = rgc.compile(Twice().eval(), X).report.notes
+    assert notes[-1].endswith("compiled in place: head")
+    assert notes[-2] == "backbone is kept as it is: it is not called on the example, or in several ways"
+
+
+def test_a_part_that_asks_about_its_size_stays_as_it_is_for_other_sizes_may_come() -> None:
+    class Pads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(nn.functional.pad(x, (0, 1)) if x.shape[-1] % 2 else x)
+
+    model = Detector().eval()
+    model.backbone = Pads().eval()
+    compiled = rgc.compile(model, X)
+    assert compiled.report.notes[-1].endswith("compiled in place: backbone.layers, head")
+    assert not compiled.report.fixed_size
+    for width in (7, 8):
+        x = torch.randn(2, 4, 9, width)
+        assert output_difference(model(x), compiled(x)) < 1e-5
+
+
+def test_a_part_that_cannot_be_traced_is_named_once_with_the_reason() -> None:
+    class Branches(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.mean() > -1e9 else x
+
+    model = Detector().eval()
+    model.head = Branches(Branches(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 2, 1)).eval()
+    kept = [note for note in rgc.compile(model, X).report.notes if " is kept as it is: " in note]
+    assert len(kept) == 1 and kept[0].startswith("head is kept as it is: torch.fx cannot trace the model: TraceError")
 
 
 class Overwrites(nn.Sequential):

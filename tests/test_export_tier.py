@@ -34,6 +34,12 @@ def _on_multiples_of_three(m: Any, x: Tensor) -> Tensor:
     return m.second(m.first(x)) if x.shape[3] % 3 == 2 else m.first(x)
 
 
+@pytest.fixture
+def without_the_first_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rgc.compiler.TIERS", ("torch.export", "submodules"))
+
+
+@pytest.mark.usefixtures("without_the_first_tier")
 @pytest.mark.parametrize(("forward", "right", "wrong", "message"), [
     (_on_tall_images, [(1, 4, 9, 5), (3, 4, 40, 8)], (1, 4, 8, 8), "axis 2 of x is 9 or more"),
     (_on_multiples_of_three, [(1, 4, 9, 8), (3, 4, 5, 8)], (1, 4, 9, 9), "axis 3 of x is 8"),
@@ -51,6 +57,7 @@ def test_a_size_that_steers_forward_is_checked_at_run_time(
         compiled(torch.randn(wrong))
 
 
+@pytest.mark.usefixtures("without_the_first_tier")
 def test_sizes_that_steer_nothing_stay_free() -> None:
     model = Model(lambda m, x: m.second(m.first(x)) if x.dim() == 4 and not x.is_cuda else x).eval()
     compiled = rgc.compile(model, torch.randn(1, 4, 9, 8))

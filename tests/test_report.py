@@ -67,6 +67,25 @@ def test_people_read_the_same(report: Report) -> None:
         assert words in text
 
 
+def test_operators_that_rgc_does_not_know_are_counted_and_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.shape[0] * x.shape[2]  # arithmetic on sizes is no operator
+            return torch.cumsum(self.pool(self.pool(self.conv(x))).relu(), 1) / rows
+
+    known = rgc.compile(Model().eval().conv, torch.randn(1, 3, 16, 16)).report
+    assert known.opaque == {} and "untouched" not in printed(known)
+    found = rgc.compile(Model().eval(), torch.randn(1, 3, 16, 16)).report
+    assert found.opaque == {"cumsum": 1, "truediv": 1}
+    assert found.opaque <= found.ops_after and "mul" not in found.ops_after
+    assert json.loads(found.to_json())["opaque"] == {"cumsum": 1, "truediv": 1}
+    assert "passed through untouched: cumsum 1, truediv 1" in printed(found)
+
+
 def test_bugs_and_notes_are_printed(report: Report) -> None:
     text = printed(replace(report, failures=[Failure("mine", "conv1", "differs [a lot]")], notes=["a note"]))
     assert "bug: mine at conv1, undone: differs [a lot]" in text and "note: a note" in text

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import rgc
 from rgc.errors import TraceError
 from rgc.example import Example
+from rgc.lift import lift
 from rgc.symbolic_tier import trace_symbolically
 
 X = Example((torch.randn(2, 3, 6, 6),))
@@ -72,12 +74,12 @@ def test_a_hook_on_the_model_itself_is_refused() -> None:
 
 
 def test_parameters_are_constants_that_steer_control_flow() -> None:
-    source = trace_symbolically(Model(lambda m, x: m.conv(x) if m.scale == 1.0 else x).eval(), X)
+    source, _ = trace_symbolically(Model(lambda m, x: m.conv(x) if m.scale == 1.0 else x).eval(), X)
     assert [node.target for node in source.graph.nodes if node.op == "call_module"] == ["conv"]
 
 
 def test_a_parameter_expanded_to_the_batch_becomes_a_symbol() -> None:
-    source = trace_symbolically(Model(lambda m, x: x + m.token.expand(x.shape[0], -1, -1, -1)).eval(), X)
+    source, _ = trace_symbolically(Model(lambda m, x: x + m.token.expand(x.shape[0], -1, -1, -1)).eval(), X)
     assert [node.target for node in source.graph.nodes if node.op == "get_attr"] == ["token"]
 
 
@@ -88,9 +90,66 @@ def test_an_assignment_to_items_is_recorded_where_it_happens() -> None:
         y[:, :1] = z[:, 1:2]
         return y + z
 
-    nodes = list(trace_symbolically(Model(forward).eval(), X).graph.nodes)
+    source, _ = trace_symbolically(Model(forward).eval(), X)
+    nodes = list(source.graph.nodes)
     names = [getattr(node.target, "__name__", node.target) for node in nodes]
     assert names[names.index("mul") :] == ["mul", "getitem", "setitem", "add", "output"]
+
+
+def _asks_what_sizes_do_not_change(m: Any, x: Tensor) -> Tensor:
+    known = x.ndim == 4 and x.dim() == len(x.shape) and not x.is_cuda and x.dtype != torch.float16
+    channels = x.shape[1] == 3 and x.size(-3) == 3 and torch.is_floating_point(x) and x.device.type == "cpu"
+    return m.conv(x) if known and channels else x
+
+
+def test_rank_dtype_device_and_channels_are_constants_that_leave_sizes_free() -> None:
+    model = Model(_asks_what_sizes_do_not_change).eval()
+    source, checks_sizes = trace_symbolically(model, X)
+    assert not checks_sizes
+    assert [node.target for node in source.graph.nodes if node.op == "call_module"] == ["conv"]
+    compiled = rgc.compile(model, X)
+    assert compiled.report.tier == "torch.fx" and not compiled.report.fixed_size
+    other = torch.randn(5, 3, 9, 4)
+    torch.testing.assert_close(compiled(other), model(other))
+
+
+def _pads_to_multiples_of_four(m: Any, x: Tensor) -> Tensor:
+    batch, _, height, width = x.shape
+    if height % 4 or width % 4:
+        x = nn.functional.pad(x, (0, -width % 4, 0, -height % 4))
+    windows = x.reshape(batch, 3, x.shape[2] // 4, 4, x.shape[3] // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 4, 4)
+    grid = torch.arange(4, device=x.device, dtype=x.dtype)
+    return (m.conv(windows) * grid[:2]).reshape(batch, windows.shape[0] // batch, -1)
+
+
+def test_a_size_that_steers_forward_is_that_of_the_example_and_the_batch_stays_free() -> None:
+    model = Model(_pads_to_multiples_of_four).eval()
+    compiled = rgc.compile(model, X)
+    assert (compiled.report.tier, compiled.report.fixed_size) == ("torch.fx", True)
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 6, 6)
+        torch.testing.assert_close(compiled(x), model(x))
+    with pytest.raises(AssertionError, match=r"holds where x is of size 3x6x6 \(any batch\); compile it again"):
+        compiled(torch.randn(2, 3, 6, 8))
+
+
+@pytest.mark.parametrize("forward", [
+    lambda m, x: m.conv(x)[:, : int(x.argmax())],
+    lambda m, x: m.conv(x) * x.nonzero().shape[0],
+    lambda m, x: m.conv(x) * x[x > 0].shape[0],
+    lambda m, x: m.conv(x) if x.max() > -9 else x,
+    lambda m, x: m.conv(x) if x.shape[0] > 3 else x,
+], ids=["an index", "a count", "a mask", "a condition", "the batch"])  # fmt: skip
+def test_what_depends_on_values_or_on_the_batch_is_no_constant(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Model(forward).eval()
+    for probe in (X, Example((torch.zeros(2, 3, 6, 6),))):
+        try:
+            source, _ = trace_symbolically(model, probe)
+        except Exception:
+            continue  # refused: the next tier's affair
+        other = Example((torch.randn(4, 3, 6, 6),))
+        graph = lift(source, torch.float32, fixed=False)
+        torch.testing.assert_close(graph.evaluate(other.bind(model)), model(*other.args))
 
 
 def test_an_error_of_the_first_attempt_is_the_one_that_is_told() -> None:

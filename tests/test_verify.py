@@ -14,7 +14,7 @@ import rgc
 from rgc.compiler import example_of
 from rgc.errors import InputError
 from rgc.testing import randomize
-from rgc.verify import DRAWS, LARGEST_DRAWN, draw_examples, require_level
+from rgc.verify import DRAWS, LARGEST_DRAWN, Pair, draw_examples, require_level
 
 
 def model() -> nn.Module:
@@ -57,6 +57,41 @@ def test_a_changed_model_is_not_equal_and_the_reason_says_how_far(change: Callab
 def test_rounding_is_no_fault() -> None:
     rounded = with_change(lambda m: m[3].weight.mul_(1 + 2**-22))
     assert rgc.verify(model(), rounded, X).equal
+
+
+class Best(nn.Module):
+    """Returns the indices of large scores, all of them nearly equal: rounding decides which, and how many."""
+
+    def __init__(self, bias: float = 0.0, count: int = 0) -> None:
+        super().__init__()
+        self.layer, self.count = nn.Conv2d(3, 64, 1), count
+        with torch.no_grad():
+            self.layer.weight.fill_(1 / 3)
+            self.layer.bias.fill_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.layer(x * 0.1 + 1000.0)
+        return score[score >= score.mean()][self.count :]
+
+
+def test_an_original_that_rounding_throws_about_is_compared_in_float64() -> None:
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    original = Best().eval()
+    pair = Pair(original, rgc.compile(original, image), copy.deepcopy(original).double(), None, torch.float32)
+    assert pair.check(example_of(original, image), level="quick", free_sizes=False).equal
+
+
+def test_an_original_that_computes_something_else_in_its_own_dtype_is_no_excuse_for_a_fault() -> None:
+    class InItsOwnDtype(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (3 if x.dtype == torch.float32 else 1)
+
+    original = InItsOwnDtype(nn.Conv2d(3, 2, 1)).eval()
+    wrong = copy.deepcopy(original)
+    with torch.no_grad():
+        wrong[0].weight.mul_(0.5)
+    found = rgc.verify(original, wrong, X)
+    assert not found.equal and "which itself computes something else in float64" in found.reason
 
 
 def test_a_removed_activation_shows_on_drawn_inputs_even_where_the_example_hides_it() -> None:

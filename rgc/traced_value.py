@@ -1,0 +1,218 @@
+"""What does a traced value answer when ``forward`` asks for its rank, dtype, device or size? What the example says.
+
+Beside every node of the trace runs the same call on tensors without data, for the example and for calls with another
+batch and other sizes. What does not depend on sizes (the rank, ``x.is_cuda``, ``x.dtype == torch.float16``) is a
+constant always, and so is an axis that is equally long in all of the calls: the channels. With ``sizes_are_constant``,
+where the calls differ in the batch only, so is every number on which they agree: a trace at the example's size whose
+batch stays free. What depends on the values of tensors is never a constant, for those have none here.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+
+class TracedValue(fx.Proxy):
+    """A node of a trace with what it is for each of the probes; nothing where that cannot be known without data."""
+
+    def __init__(self, node: fx.Node, tracer: AnsweringTracer) -> None:
+        super().__init__(node, tracer)
+        self.answers: tuple[Any, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not self.answers or not _is_data(self.answers[0], name):
+            return super().__getattr__(name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Items may be assigned to: what that does to the value is the affair of the lifting."""
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __len__(self) -> int:
+        length = self.tracer.length(self)  # type: ignore[attr-defined]  # the tracer is an AnsweringTracer
+        return super().__len__() if length is None else int(length)
+
+
+class AnsweringTracer(fx.Tracer):
+    """Symbolic tracing in which values know their types; with ``sizes_are_constant`` their sizes as well.
+
+    ``assumed_sizes`` tells after the trace whether it holds at the sizes of the example only.
+    """
+
+    def __init__(self, probes: Sequence[Mapping[str, Any]], sizes_are_constant: bool) -> None:
+        super().__init__()
+        self._without_data = FakeTensorMode(allow_non_fake_inputs=True)
+        self._probes = [tree_map(self._emptied, probe) for probe in probes]
+        self._sizes_are_constant = sizes_are_constant
+        self.is_answering = False  # off while inputs are declared, and while a call runs on tensors without data
+        self.is_running = False
+        self.assumed_sizes = False
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _without_complaints():
+            return super().trace(root, concrete_args)
+
+    def proxy(self, node: fx.Node) -> TracedValue:
+        return TracedValue(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        made = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        assert isinstance(made, TracedValue)
+        made.answers = self._answers(kind, target, args, kwargs)
+        is_question = self.is_answering and bool(made.answers) and target is not operator.setitem
+        return self._constant_or(made, target, args) if is_question else made
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.is_running else super().call_module(m, forward, args, kwargs)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        length = self.length(obj)
+        return super().iter(obj) if length is None else iter([self._element(obj, index) for index in range(length)])
+
+    def length(self, value: fx.Proxy) -> int | None:
+        """How many elements a value has, if that is the same for every probe and no question of its size."""
+        answers = value.answers if isinstance(value, TracedValue) else ()
+        counted = answers and (isinstance(answers[0], torch.Size) or (self._sizes_are_constant and self.is_answering))
+        if not counted or not all(isinstance(each, Tensor | tuple | list) for each in answers):
+            return None
+        lengths = {len(each) for each in answers}
+        self.assumed_sizes |= not isinstance(answers[0], torch.Size)
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def _element(self, value: fx.Proxy, index: int) -> Any:
+        return self.create_proxy("call_function", operator.getitem, (value, index), {})
+
+    # --- answers -------------------------------------------------------------------------------------------------
+
+    def _emptied(self, leaf: Any) -> Any:
+        return self._without_data.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf
+
+    def _answers(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """The result for each probe; nothing where one of them has none."""
+        if kind == "placeholder":
+            return tuple(probe[target] for probe in self._probes if target in probe)
+        answers = []
+        self.is_running = True
+        try:
+            for index in range(len(self._probes)):
+                own = tree_map(lambda leaf, index=index: _answer(leaf, index), (tuple(args), dict(kwargs)))
+                with self._without_data:
+                    answers.append(self._run(kind, target, *own))
+        # A call on tensors without data may raise anything; what it would have returned then stays unknown.
+        except Exception:
+            return ()
+        finally:
+            self.is_running = False
+        return tuple(answers)
+
+    def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "get_attr":
+            return operator.attrgetter(target)(self.root).detach()
+        if kind == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        return getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
+
+    def _constant_or(self, made: TracedValue, target: Any, args: Any) -> Any:
+        """What ``made`` is, where that is a constant of the trace; otherwise ``made`` itself."""
+        answers = made.answers
+        same_at_every_size = not self._sizes_are_constant and _is_axis(target, args, answers)
+        if (same_at_every_size or _is_free_of_sizes(target, args)) and _agree(answers):
+            made.tracer.graph.erase_node(made.node)
+            return answers[0]
+        if not self._sizes_are_constant:
+            return made
+        first = answers[0]
+        if _is_plain(first) and _agree(answers):
+            made.tracer.graph.erase_node(made.node)
+            self.assumed_sizes |= isinstance(first, int | float | torch.Size)
+            return first
+        if isinstance(first, torch.Size) and len({len(each) for each in answers}) == 1:
+            return tuple(self._element(made, axis) for axis in range(len(first)))
+        return made
+
+
+@contextmanager
+def _without_complaints() -> Iterator[None]:
+    """A call that tensors without data do not take is no error here, although torch logs it as one."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class _UnknownError(Exception):
+    """A call needs a value that nothing is known about."""
+
+
+def _answer(leaf: Any, index: int) -> Any:
+    if isinstance(leaf, slice):
+        return slice(*(_answer(each, index) for each in (leaf.start, leaf.stop, leaf.step)))
+    if not isinstance(leaf, fx.Proxy):
+        return leaf
+    if not isinstance(leaf, TracedValue) or not leaf.answers:
+        raise _UnknownError
+    return leaf.answers[index]
+
+
+def _is_data(value: Any, name: str) -> bool:
+    """Is the attribute there, and no method?"""
+    try:
+        return not callable(getattr(value, name))
+    except (AttributeError, RuntimeError):  # RuntimeError: .H and .mT of a tensor of the wrong rank
+        return False
+
+
+#: Questions whose answer is the same at every size.
+_ATTRIBUTES = frozenset({
+    "ndim", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_quantized", "is_sparse", "is_nested", "is_mkldnn",
+    "is_leaf", "requires_grad", "layout", "type",
+})  # fmt: skip
+_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "is_complex"})
+_COMPARISONS = frozenset({operator.eq, operator.ne})
+
+
+def _is_free_of_sizes(target: Any, args: Sequence[Any]) -> bool:
+    if target is getattr:
+        return args[1] in _ATTRIBUTES
+    if target in (torch.is_floating_point, torch.is_complex, torch.is_tensor) or target in _METHODS:
+        return True
+    return bool(target in _COMPARISONS and any(map(_is_kind, args)))
+
+
+def _is_axis(target: Any, args: Sequence[Any], answers: Sequence[Any]) -> bool:
+    """Is it the length of one axis, in several calls of different sizes?"""
+    if len(answers) < 2 or not all(isinstance(each, int) for each in answers):
+        return False
+    if target is operator.getitem:
+        return isinstance(args[0], TracedValue) and isinstance(args[0].answers[0], torch.Size)
+    return bool(target == "size")
+
+
+def _is_kind(operand: Any) -> bool:
+    known = operand.answers[0] if isinstance(operand, TracedValue) and operand.answers else operand
+    return isinstance(known, torch.dtype | torch.device | torch.layout | str)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, torch.Size):
+        return True
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.layout)
+
+
+def _agree(answers: Sequence[Any]) -> bool:
+    return all(_is_plain(each) and type(each) is type(answers[0]) and each == answers[0] for each in answers)
+
+
+__all__ = ["AnsweringTracer", "TracedValue"]
