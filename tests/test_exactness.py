@@ -286,18 +286,20 @@ class Limits:
 
 LIMITS = {1: Limits(5, 3, 3, 5, 4), 2: Limits(5, 3, 3, 4, 3), 3: Limits(3, 2, 2, 3, 2)}
 SEEDS = st.integers(0, 2**30)
-BORDERS = ("none", "same", "full", "any")
+BORDERS = ("none", "same", "full", "before", "after", "any")
 
 
 @st.composite
 def axes(draw: st.DrawFn, limits: Limits, borders: str) -> Axis:
-    """One axis of a convolution: padding none, to the same size, so wide that nothing is lost, or any."""
+    """One axis of a convolution: padding none, to the same size, all that the kernel spans, on one side, or any."""
     kernel, stride = draw(st.integers(1, limits.kernel)), draw(st.integers(1, limits.stride))
     widest = limits.dilation if kernel < 4 else 1  # keeps the extent, and so the input, small
     axis = Axis(kernel, stride, draw(st.integers(1, widest)))
     total = axis.extent - 1
     if borders == "none":
         return axis
+    if borders in ("before", "after"):
+        return replace(axis, **{borders: draw(st.integers(1, limits.padding))})
     if borders == "same":
         return replace(axis, before=total // 2, after=total - total // 2)
     if borders == "full":
@@ -469,14 +471,15 @@ def check_pair(chain: Chain, size: Size | None) -> bool:
     free = not isinstance(merged, Conv) or merged.size is None
     for each in oracle.covering_sizes() if free else sizes:
         probe = integers(sum(each), 2, chain.channels, *each, bits=5)
-        assert agree(merged, merged.evaluate(probe), chain.run(probe)), f"composed wrongly at {each}"
+        quotients = isinstance(merged, Conv) and merged.pad_value is not None
+        assert agree(merged.evaluate(probe), chain.run(probe), quotients=quotients), f"composed wrongly at {each}"
     return exact
 
 
-def agree(merged: Linear, found: Tensor, expected: Tensor) -> bool:
-    """Equal; but a pad value that is solved for is a quotient, so there float64 rounds once per product."""
-    if isinstance(merged, Conv) and merged.pad_value is not None:
-        return float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+def agree(found: Tensor, expected: Tensor, *, quotients: bool) -> bool:
+    """Equal; but a pad value that is solved for is a quotient, which float64 rounds, and large terms may cancel."""
+    if quotients:
+        return float((found - expected).abs().max()) <= 1e-10 * float(expected.abs().max())
     return torch.equal(found, expected)
 
 
@@ -508,10 +511,11 @@ def test_three_layers_merged_in_any_order_are_measured_to_be_one(rank: int, size
             assert not merged or oracle.is_exact(each), f"merged three layers that are not one at {each}"
             for operator in merged:
                 probe = integers(sum(each), 2, chain.channels, *each, bits=5)
-                assert agree(operator, operator.evaluate(probe), chain.run(probe)), f"merged wrongly at {each}"
+                equal = agree(operator.evaluate(probe), chain.run(probe), quotients=True)  # from between two of them
+                assert equal, f"merged wrongly at {each}"
 
     check()
-    tally.check(examples())
+    tally.check(examples(), rare=0.02)  # most triples merge in some order
 
 
 def single_operators(operators: Sequence[Linear], size: Size | None) -> list[Linear]:
