@@ -515,7 +515,7 @@ def test_three_layers_merged_in_any_order_are_measured_to_be_one(rank: int, size
                 assert equal, f"merged wrongly at {each}"
 
     check()
-    tally.check(examples())
+    tally.check(examples(), rare=0.02)  # most triples merge in some order
 
 
 def single_operators(operators: Sequence[Linear], size: Size | None) -> list[Linear]:
