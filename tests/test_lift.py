@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rgc
 from rgc.example import output_difference
@@ -418,6 +418,19 @@ def test_a_cast_that_the_user_wrote_is_kept_in_a_half_precision_model() -> None:
     model = randomised(Model(lambda m, x: m.second(m.first(x).to(torch.float32).pow(2).to(x.dtype)))).half()
     compiled = rgc.compile(model, torch.randn(1, 4, 9, 8).half())
     assert torch.float32 in [arg for node in compiled.graph.nodes for arg in node.args]
+
+
+@fx.wrap
+def shifted(x: Tensor, by: list[int]) -> Tensor:
+    """Changes its own copy of a list, as a function of torchvision does."""
+    by = by.copy()
+    by[0] += 1
+    return x.roll(by, dims=[2, 3])
+
+
+def test_a_wrapped_function_may_change_its_lists() -> None:
+    compiled = compiled_equal(Model(lambda m, x: shifted(m.first(x), [1, 2])))
+    assert compiled.report.tier == "torch.fx" and compiled.report.opaque == {"shifted": 1}
 
 
 def test_a_slice_may_end_at_a_size() -> None:
