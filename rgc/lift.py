@@ -311,7 +311,7 @@ class _Lifter:
         return Origin((f"{scope}.{name}".lstrip("."),), _source_line(node))
 
     def _resolve(self, structure: Any) -> Any:
-        return fx.node.map_arg(structure, lambda node: self.env[node])
+        return _mutable(fx.node.map_arg(structure, lambda node: self.env[node]))
 
     def _returned(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -412,6 +412,17 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found.detach() if isinstance(found, Tensor) else found
+
+
+def _mutable(structure: Any) -> Any:
+    """torch.fx keeps arguments in containers that cannot change; a function may well change its list."""
+    if isinstance(structure, tuple) and not hasattr(structure, "_fields"):
+        return tuple(map(_mutable, structure))
+    if isinstance(structure, list):
+        return list(map(_mutable, structure))
+    if isinstance(structure, dict):
+        return {key: _mutable(value) for key, value in structure.items()}
+    return structure
 
 
 def _values_in(structure: Any) -> list[Value]:

@@ -489,6 +489,19 @@ def test_other_forms_of_them_stay_as_they_are(forward: Callable[[Any, Tensor], T
     assert not names & set(compiled.report.ops_after)
 
 
+@fx.wrap
+def shifted(x: Tensor, by: list[int]) -> Tensor:
+    """Changes its own copy of a list, as a function of torchvision does."""
+    by = by.copy()
+    by[0] += 1
+    return x.roll(by, dims=[2, 3])
+
+
+def test_a_wrapped_function_may_change_its_lists() -> None:
+    compiled = compiled_equal(Model(lambda m, x: shifted(m.first(x), [1, 2])))
+    assert compiled.report.tier == "torch.fx" and compiled.report.opaque == {"shifted": 1}
+
+
 def test_a_slice_may_end_at_a_size() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         rows, columns = x.shape[2:]
