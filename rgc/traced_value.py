@@ -90,6 +90,7 @@ class AnsweringTracer(fx.Tracer):
         """
         before = len(self.graph.nodes)
         try:
+            args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of its own, which it may change
             return [function(*args, **kwargs)]
         except Exception:  # somebody else's code, which was not written for proxies, may raise anything
             for node in list(self.graph.nodes)[: before - 1 : -1]:

@@ -23,7 +23,7 @@ def asked(question: Callable[[Any], Any], probes: list[Tensor], sizes_are_consta
             answers.append(question(x))
             return x
 
-    tracer = AnsweringTracer([{"x": probe} for probe in probes], sizes_are_constant)
+    tracer = AnsweringTracer([{"x": probe} for probe in probes], "sizes" if sizes_are_constant else "nothing")
     tracer.is_answering = True
     tracer.trace(Model())
     return answers[0]
