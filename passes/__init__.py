@@ -17,6 +17,7 @@ from rgc.passes.merge_rearrangement import merge_rearrangement
 from rgc.passes.merge_stage import merge_stage
 from rgc.passes.move_views import move_views
 from rgc.passes.remove_linear_activation import remove_linear_activation
+from rgc.passes.single_path import single_path
 
 #: Every built-in pass, in the order in which they are tried at a value.
 ALL = (
@@ -39,7 +40,10 @@ ALL = (
     collapse,
 )
 
+#: Exact, but they change the structure at a price: made only if asked for by name.
+OPT_IN = (single_path,)
+
 #: Exact for any input size: all but what can only be said at a fixed one.
 DEFAULT = tuple(each for each in ALL if each is not collapse)
 
-__all__ = ["ALL", "DEFAULT"]
+__all__ = ["ALL", "DEFAULT", "OPT_IN"]

@@ -314,15 +314,15 @@ def passes_command(name: str | None, plugins: tuple[str, ...]) -> None:
     from rgc.cli_options import load_plugin
     from rgc.cli_output import console, print_pass, print_passes
     from rgc.passbook import resolve
-    from rgc.passes import ALL, DEFAULT
+    from rgc.passes import ALL, DEFAULT, OPT_IN
 
     added = {each.name: each for plugin in plugins for each in load_plugin(plugin)}
     if name is None:
-        print_passes(console(), [*ALL, *added.values()], DEFAULT)
+        print_passes(console(), [*ALL, *OPT_IN, *added.values()], {"default": DEFAULT, "all": ALL})
     elif name in added:
         print_pass(console(), added[name])
     else:
-        known = {each.name: each for each in ALL}
+        known = {each.name: each for each in (*ALL, *OPT_IN)}
         print_pass(console(), known[name] if name in known else resolve([name])[0][0])
 
 

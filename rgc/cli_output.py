@@ -134,11 +134,11 @@ def print_verification(out: Console, found: Verification) -> None:
     out.print(Text("equal"), style="bold")
 
 
-def print_passes(out: Console, passes: Sequence[Pass], default: Iterable[Pass]) -> None:
-    """All passes, one a row."""
-    in_default = {each.name for each in default}
-    rows = ([each.name, "yes" if each.name in in_default else "no", first_sentence(each.statement)] for each in passes)
-    _print_table(out, ("pass", "in default", "statement"), rows)
+def print_passes(out: Console, passes: Sequence[Pass], sets: dict[str, Iterable[Pass]]) -> None:
+    """All passes, one a row, each with the smallest set of ``sets`` that it belongs to."""
+    member = {each.name: name for name, members in reversed(sets.items()) for each in members}
+    rows = ([each.name, member.get(each.name, "by name"), first_sentence(each.statement)] for each in passes)
+    _print_table(out, ("pass", "in", "statement"), rows)
 
 
 def first_sentence(statement: str) -> str:

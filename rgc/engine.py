@@ -175,7 +175,9 @@ class _Worklist:
         new = match.embed(replacement)
         added = topological([new], known=self.graph.__contains__)
         dying = _dying(self.graph, match)
-        if not self._is_planned(case, match):
+        if not case.weighed:
+            _require_no_copies(match, dying)
+        elif not self._is_planned(case, match):
             self._require_gain(dying, added, match)
         sources = [value for value in match.values.values() if value not in match.interior]
         ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
@@ -300,6 +302,11 @@ def _dying(graph: Graph, match: Match) -> list[Value]:
             gone.add(value)
             dying.append(value)
     return dying
+
+
+def _require_no_copies(match: Match, dying: list[Value]) -> None:
+    kept = [value.where for value in match.interior if value not in dying]
+    require(not kept, f"{', '.join(kept)} would be computed twice: it is also used elsewhere")
 
 
 def _merged_origin(match: Match) -> Origin:

@@ -19,11 +19,11 @@ def resolve(passes: str | Sequence[Any]) -> tuple[tuple[Pass, ...], bool]:
 
     Only "all" relies on it, or naming `collapse`. Raises `InputError` for a name that is no pass, with a suggestion.
     """
-    from rgc.passes import ALL, DEFAULT
+    from rgc.passes import ALL, DEFAULT, OPT_IN
 
     items: list[Any] = passes.split(",") if isinstance(passes, str) else list(passes)
     items = [item.strip() if isinstance(item, str) else item for item in items]
-    known = {each.name: each for each in ALL}
+    known = {each.name: each for each in (*ALL, *OPT_IN)}
     chosen: dict[str, Pass] = {}
     fixed = False
     if items and all(isinstance(item, str) and item.startswith("-") for item in items):

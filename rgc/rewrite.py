@@ -112,13 +112,14 @@ class Case:
     """One pattern with the function that makes its result, and the classes of its holes.
 
     ``relies_on_range``: equal for values in the ranges of the matched ones, not for any. It is checked for those, and
-    its record names them.
+    its record names them. ``weighed``: made only where it pays; a form that is asked for by name is made anyway.
     """
 
     pattern: Term
     build: Callable[..., Value]
     holes: dict[str, tuple[Any, tuple[Predicate, ...]]]
     relies_on_range: bool = False
+    weighed: bool = True
 
     @property
     def matches_regions(self) -> bool:
@@ -183,12 +184,12 @@ class Rewrite:
     examples: list[Example]
 
     def also(
-        self, pattern: Callable[..., Term], *, relies_on_range: bool = False
+        self, pattern: Callable[..., Term], *, relies_on_range: bool = False, weighed: bool = True
     ) -> Callable[[Callable[..., Value]], Rewrite]:
         """Another pattern of the same rewrite, with a function of its own."""
 
         def attach(build: Callable[..., Value]) -> Rewrite:
-            self.cases.append(_case(pattern, build, relies_on_range))
+            self.cases.append(_case(pattern, build, relies_on_range, weighed))
             return self
 
         return attach
@@ -229,7 +230,7 @@ Pass = Rewrite | GraphPass
 
 
 def rewrite(
-    pattern: Callable[..., Term], *, relies_on_range: bool = False
+    pattern: Callable[..., Term], *, relies_on_range: bool = False, weighed: bool = True
 ) -> Callable[[Callable[..., Value]], Rewrite]:
     """Turn a function into a rewrite; ``pattern`` is a lambda whose parameters are holes.
 
@@ -238,7 +239,7 @@ def rewrite(
 
     def make(build: Callable[..., Value]) -> Rewrite:
         statement = inspect.getdoc(build) or inspect.getdoc(inspect.getmodule(build)) or ""
-        return Rewrite(build.__name__, statement, [_case(pattern, build, relies_on_range)], [])
+        return Rewrite(build.__name__, statement, [_case(pattern, build, relies_on_range, weighed)], [])
 
     return make
 
@@ -290,7 +291,7 @@ def _observed_class(cls: type[Operator]) -> type[Operator]:
     return type(cls.__name__, (cls,), {"__getattribute__": get, "__class__": property(lambda self: cls)})
 
 
-def _case(pattern: Callable[..., Term], build: Callable[..., Value], relies_on_range: bool) -> Case:
+def _case(pattern: Callable[..., Term], build: Callable[..., Value], relies_on_range: bool, weighed: bool) -> Case:
     names = list(inspect.signature(pattern).parameters)
     wanted = list(inspect.signature(build).parameters)
     if sorted(names) != sorted(wanted):
@@ -304,7 +305,7 @@ def _case(pattern: Callable[..., Term], build: Callable[..., Value], relies_on_r
         raise GraphError(f"rewrite {build.__name__}: the hole {missing[0]!r} has no type")
     holes = {name: _hole_type(hints[name]) for name in names}
     _check_holes(build.__name__, term, holes)
-    return Case(term, build, holes, relies_on_range)
+    return Case(term, build, holes, relies_on_range, weighed)
 
 
 def _check_holes(rewrite_name: str, term: Term, holes: dict[str, tuple[Any, tuple[Predicate, ...]]]) -> None:

@@ -276,7 +276,7 @@ def test_verify_refuses_a_size_that_the_artifact_does_not_take(fails: Fails, fol
 def test_passes_lists_all_and_explains_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["passes"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["fold_batchnorm", "yes"] in [row[:2] for row in rows]
+    assert ["fold_batchnorm", "default"] in [row[:2] for row in rows]
     assert ["collapse", "no"] in [row[:2] for row in rows]
     assert run(["passes", "fold_batchnorm"]) == 0
     shown = capsys.readouterr().out

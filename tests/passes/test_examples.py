@@ -8,7 +8,7 @@ from torch import nn
 from rgc import Conv, Rewrite, Value, passes, rewrite
 from rgc.testing import check
 
-REWRITES = [each for each in passes.ALL if isinstance(each, Rewrite)]
+REWRITES = [each for each in (*passes.ALL, *passes.OPT_IN) if isinstance(each, Rewrite)]
 
 
 @pytest.mark.parametrize("rewrite_", REWRITES, ids=lambda each: each.name)
@@ -16,7 +16,7 @@ def test_its_examples_hold(rewrite_: Rewrite) -> None:
     check(rewrite_)
 
 
-@pytest.mark.parametrize("each", passes.ALL, ids=lambda each: each.name)
+@pytest.mark.parametrize("each", [*passes.ALL, *passes.OPT_IN], ids=lambda each: each.name)
 def test_a_pass_states_its_algebra(each: Rewrite) -> None:
     assert len(each.statement.split()) > 5
 
@@ -24,12 +24,17 @@ def test_a_pass_states_its_algebra(each: Rewrite) -> None:
 def test_the_names_of_passes_are_those_of_their_files() -> None:
     import importlib
 
-    for each in passes.ALL:
+    for each in (*passes.ALL, *passes.OPT_IN):
         assert getattr(importlib.import_module(f"rgc.passes.{each.name}"), each.name) is each
 
 
 def test_only_collapse_needs_a_fixed_size() -> None:
     assert {each.name for each in passes.ALL} - {each.name for each in passes.DEFAULT} == {"collapse"}
+
+
+def test_what_costs_more_is_in_no_set() -> None:
+    assert [each.name for each in passes.OPT_IN] == ["single_path"]
+    assert not {each.name for each in passes.ALL} & {each.name for each in passes.OPT_IN}
 
 
 def test_a_rewrite_may_be_checked_without_being_registered() -> None:
