@@ -55,7 +55,7 @@ class Pad(Rearrangement):
 
     ``value`` is what is padded in mode "zeros": None for zeros, [1] for one number, [C] for one per channel.
 
-    >>> Pad(((0, 0), (1, -1)))(Value(Input("x"), (), TensorType((1, 2, 4, 4), torch.float32))).type.shape
+    >>> Pad(((0, 0), (1, -1))).infer(TensorType((1, 2, 4, 4), torch.float32)).shape
     (1, 2, 4, 4)
     """
 

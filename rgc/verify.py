@@ -123,18 +123,18 @@ class Pair:
         worst.allowed, worst.count = max(worst.allowed, allowed), worst.count + 1
 
     def _unrest(self, example: Example) -> float:
-        """How far the original is from itself on inputs that differ in the last place.
+        """How far the original is from itself on inputs and with weights that differ in the last place.
 
         A detector that keeps the best of many equally good boxes returns others after any rounding, and as many as it
         likes: float64 decides there, and the deployed dtype can say no more than that the original is no calmer.
         """
         output = example.run(self.original)
-        jittered = (_jittered(example, seed) for seed in range(JITTERS))
-        return max(LARGEST_NOISE, *(output_difference(output, each.run(self.original)) for each in jittered))
+        others = (_jittered(self.original, example, seed) for seed in range(JITTERS))
+        return max(LARGEST_NOISE, *(output_difference(output, call.run(model)) for model, call in others))
 
 
-def _jittered(example: Example, seed: int) -> Example:
-    """The example with every floating-point number moved by about one unit in the last place, up or down."""
+def _jittered(model: Callable[..., Any], example: Example, seed: int) -> tuple[Callable[..., Any], Example]:
+    """Both with every floating-point number moved by about one unit in the last place, up or down."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(leaf: Any) -> Any:
@@ -143,7 +143,12 @@ def _jittered(example: Example, seed: int) -> Example:
         signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf) * 2 - 1
         return leaf + signs * leaf.abs() * torch.finfo(leaf.dtype).eps
 
-    return Example(tree_map(move, example.args), tree_map(move, example.kwargs))
+    if isinstance(model, nn.Module):
+        model = copy_model(model)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.copy_(move(tensor))
+    return model, Example(tree_map(move, example.args), tree_map(move, example.kwargs))
 
 
 def _run(compiled: Callable[..., Any], example: Example) -> Any:

@@ -277,7 +277,7 @@ def test_passes_lists_all_and_explains_one(folder: Path, capsys: pytest.CaptureF
     assert run(["passes"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["fold_batchnorm", "default"] in [row[:2] for row in rows]
-    assert ["collapse", "no"] in [row[:2] for row in rows]
+    assert ["collapse", "all"] in [row[:2] for row in rows]
     assert run(["passes", "fold_batchnorm"]) == 0
     shown = capsys.readouterr().out
     assert "s(Wx + b - m)" in shown

@@ -540,7 +540,7 @@ class MeanOfChannels(nn.Module):
         self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(1, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.second(self.first(x).mean(1, keepdim=True)))
+        return torch.relu(self.second(self.first(x).mean((1, 2), keepdim=True)))
 
 
 def always(result: Any) -> Faulty:

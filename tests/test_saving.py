@@ -71,11 +71,11 @@ def test_another_checkpoint_goes_through_the_same_plan(model: nn.Module) -> None
 
 
 def test_a_checkpoint_for_which_a_decision_no_longer_holds_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=True), nn.Conv2d(4, 4, 3, padding=1)).eval()
-    nn.init.zeros_(model[0].bias)  # type: ignore[arg-type]  # a Tensor
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU(init=1.0), nn.Conv2d(4, 4, 1)).eval()
     compiled = rgc.compile(model, torch.randn(1, 3, 8, 8))
-    changed = {**model.state_dict(), "0.bias": torch.ones(4)}
-    with pytest.raises(NotEquivalentError, match="merge_pointwise.*does not hold for this checkpoint.*bias map"):
+    changed = {**model.state_dict(), "1.weight": torch.tensor([0.5])}
+    expected = "remove_linear_activation at 1 does not hold for this checkpoint.*negative slope is 0.5"
+    with pytest.raises(NotEquivalentError, match=expected):
         compiled.plan.apply(changed)
 
 

