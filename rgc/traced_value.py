@@ -85,6 +85,7 @@ class AnsweringTracer(fx.Tracer):
     def __init__(self, probes: Sequence[Mapping[str, Any]], constant: Constant, may_refuse: int | None = None) -> None:
         super().__init__()
         self._without_data = FakeTensorMode(allow_non_fake_inputs=True)
+        self._empty: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor, kept alive, and the same without data
         self._probes = [tree_map(self._emptied, probe) for probe in probes]
         self._precise = [leaf for probe in probes for leaf in tree_flatten(probe)[0] if isinstance(leaf, Tensor)]
         self._modules: dict[str, nn.Module] = {}  # the same without data
@@ -151,8 +152,11 @@ class AnsweringTracer(fx.Tracer):
     # --- answers -------------------------------------------------------------------------------------------------
 
     def _emptied(self, leaf: Any) -> Any:
-        has_data = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
-        return self._without_data.from_tensor(leaf, static_shapes=True) if has_data else leaf
+        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
+            return leaf
+        if id(leaf) not in self._empty:
+            self._empty[id(leaf)] = leaf, self._without_data.from_tensor(leaf, static_shapes=True)
+        return self._empty[id(leaf)][1]
 
     def run_pending(self) -> None:
         """Answer for every value that the trace has made so far: in order, for some calls change their arguments."""
