@@ -158,4 +158,7 @@ def _channel_axis(probes: Sequence[Tensor], channels: Tensor) -> int | None:
 def _runs_along(probe: Tensor, axis: int, channels: Tensor) -> bool:
     if probe.dim() <= axis or probe.shape[axis] != channels.numel():
         return False
+    # an axis of stride 0 repeats one element, as the probes do: one of them stands for all
+    repeats = [stride == 0 and at != axis for at, stride in enumerate(probe.stride())]
+    probe = probe[tuple(slice(0, 1) if each else slice(None) for each in repeats)]
     return torch.allclose(probe, _along(channels, axis, probe.shape), rtol=1e-12, atol=0)

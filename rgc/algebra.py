@@ -60,6 +60,9 @@ class Linear(Operator):
         """Number of spatial axes, or None where any number will do."""
         return None
 
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return self.spatial
+
     def as_linear(self) -> Linear:
         """The plainest linear operator that equals this one, or a refusal."""
         return self
@@ -260,6 +263,11 @@ class Conv(Linear):
     @property
     def spatial(self) -> int:
         return len(self.shape) - 2
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        extents = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+        return max(extents, default=0), 1 if self.transposed else max(self.stride, default=1)
 
     @property
     def any_size(self) -> bool:

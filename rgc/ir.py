@@ -91,6 +91,15 @@ class Operator(ABC):
         """Does the operator accept every spatial size, not only the example's?"""
         return True
 
+    def spatial_axes(self, given: TensorType) -> int | None:
+        """How many of the last axes of such a tensor are positions, for what tells them from channels; else None."""
+        return None
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many positions of an axis, beside one, it reads, cuts off or adds at most, and its largest stride."""
+        return 0, 1
+
     def resampled(self, given: TensorType) -> int | None:
         """How many of the last axes of such a tensor it resamples (or averages away), each sample and channel alike.
 

@@ -141,6 +141,10 @@ class AvgPool(Linear):
     def label(self) -> str:
         return f"avg pool {'x'.join(map(str, self.window))}"
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        return max(self.window) - 1, max(self.stride)
+
     def resampled(self, given: TensorType) -> int | None:
         return self.spatial
 
@@ -186,6 +190,10 @@ class Activation(Operator):
     @property
     def label(self) -> str:
         return self.name
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        has_slopes = self.weight is not None and self.weight.numel() > 1
+        return len(given.shape) - 2 if has_slopes else None  # slopes along axis 1
 
     def option(self, name: str, default: Any) -> Any:
         """An option's value, or PyTorch's default where the model leaves it out."""
@@ -496,6 +504,13 @@ class MaxPool(Operator):
     def label(self) -> str:
         return f"max pool {'x'.join(map(str, self.window))}"
 
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return self.spatial
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        return max(d * (k - 1) for d, k in zip(self.dilation, self.window, strict=True)), max(self.stride)
+
     def resampled(self, given: TensorType) -> int | None:
         return self.spatial
 
@@ -538,6 +553,9 @@ class Upsample(Operator):
     def label(self) -> str:
         target = self.size or self.scale_factor or ()
         return f"upsample {self.mode} {'to' if self.size else 'by'} {'x'.join(f'{each:g}' for each in target)}"
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return self.spatial
 
     def resampled(self, given: TensorType) -> int | None:
         return self.spatial

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgc.algebra import Conv, Linear
 from rgc.errors import NotEquivalentError, RgcError
 from rgc.ir import Value, evaluate_value, topological
-from rgc.operators import Activation, AvgPool, Call, Constant, MaxPool, Upsample
+from rgc.operators import Call, Constant
 from rgc.ranges import Interval
-from rgc.rearrange import Assign, BorderFill, PixelShuffle, Rearrangement
+from rgc.rearrange import Assign
 
 #: Largest difference, relative to the largest intermediate value, that float64 rounding explains.
 TOLERANCE = 1e-10
@@ -86,14 +85,27 @@ def relative_difference(expected: Tensor, found: Tensor, scale: float | None = N
         return 0.0
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(expected, found) else float("inf")
+    size = _peak(expected) if scale is None else scale
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    distance = _largest(expected.to(wide) - found.to(wide))
+    if math.isfinite(distance):  # so neither holds NaN or infinities, and there is nothing to leave out
+        return distance / max(size, torch.finfo(torch.float64).tiny)
     finite = expected.isfinite()
     if not torch.equal(finite, found.isfinite()) or not torch.equal(expected[~finite].isnan(), found[~finite].isnan()):
         return float("inf")
-    difference = (expected[finite].double() - found[finite].double()).abs()
-    if difference.numel() == 0:
-        return 0.0
-    size = float(expected[finite].abs().max()) if scale is None else scale
-    return float(difference.max()) / max(size, torch.finfo(torch.float64).tiny)
+    distance = _largest(expected[finite].to(wide) - found[finite].to(wide))
+    return distance / max(size, torch.finfo(torch.float64).tiny)
+
+
+def _peak(tensor: Tensor) -> float:
+    """The largest magnitude among the finite elements."""
+    found = _largest(tensor)
+    return found if math.isfinite(found) else _largest(tensor[tensor.isfinite()])
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude: not finite where an element is not, zero for a tensor without elements."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple[Tensor, float]:
@@ -103,16 +115,15 @@ def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple
         for value in values:
             result = evaluate_value(value, [results[used] for used in value.inputs], {}, torch.float64)
             results[value] = result
-            if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
-                finite = result[result.isfinite()]
-                scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
+            if isinstance(result, Tensor) and result.is_floating_point():
+                scale = max(scale, _peak(result))
     return results[root], scale
 
 
 def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
     exact = [source.tensor_type.shape for source in sources]
-    spatial = {_spatial(value) for value in values} - {None}
+    spatial = {value.op.spatial_axes(value.type) for value in values if value.type is not None} - {None}
     free = all(v.op.any_size and not isinstance(v.op, Assign | Call | Constant) for v in values)
     if not free or len(spatial) > 1 or len({len(shape) for shape in exact}) > 1:
         return []
@@ -122,23 +133,11 @@ def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tu
     channel = len(exact[0]) - axes - 1
     if channel < 1 or len({(shape[1:channel], shape[channel + 1 :]) for shape in exact}) > 1:
         return []
-    reach, stride = _reach(values, sources, axes)
+    reach, stride = _reach(values, sources)
     reach = max(reach, SMALLEST)
     residues = min(max(stride, 2), 4)  # sizes that leave different remainders behind the last window
     sizes = [tuple(reach + stride + (index + axis) % residues for axis in range(axes)) for index in range(residues)]
     return [[_small(shape, axes, size) for shape in exact] for size in sizes]
-
-
-def _spatial(value: Value) -> int | None:
-    if isinstance(value.op, Linear | MaxPool | Upsample):
-        return value.op.spatial
-    if isinstance(value.op, PixelShuffle):
-        return 2
-    if isinstance(value.op, BorderFill):
-        return len(value.op.widths)
-    if isinstance(value.op, Activation) and value.op.weight is not None and value.op.weight.numel() > 1:
-        return len(value.tensor_type.shape) - 2  # slopes along axis 1
-    return None
 
 
 def _small(shape: tuple[int, ...], axes: int, size: tuple[int, ...]) -> tuple[int, ...]:
@@ -147,27 +146,14 @@ def _small(shape: tuple[int, ...], axes: int, size: tuple[int, ...]) -> tuple[in
     return (2, *(min(n, 2) for n in shape[1:lead]), shape[lead], *size)
 
 
-def _reach(values: list[Value], sources: Sequence[Value], axes: int) -> tuple[int, int]:
+def _reach(values: list[Value], sources: Sequence[Value]) -> tuple[int, int]:
     """The widest receptive field and the largest stride: a size above their sum has every border and an interior."""
     fields = dict.fromkeys(sources, (1, 1))  # receptive field and stride of each value
     for value in values:
-        op = value.op
         before = [fields.get(used, (1, 1)) for used in value.inputs] or [(1, 1)]
-        reach, stride = max(r for r, _ in before), max(s for _, s in before)
-        if isinstance(op, Conv) and op.spatial == axes and axes:
-            widest = max(d * (k - 1) for d, k in zip(op.dilation, op.kernel, strict=True))
-            fields[value] = (reach + widest * stride, stride * (1 if op.transposed else max(op.stride)))
-        elif isinstance(op, AvgPool):
-            fields[value] = (reach + (max(op.window) - 1) * stride, stride * max(op.stride))
-        elif isinstance(op, MaxPool):
-            widest = max(d * (k - 1) for d, k in zip(op.dilation, op.window, strict=True))
-            fields[value] = (reach + widest * stride, stride * max(op.stride))
-        elif isinstance(op, Rearrangement):
-            fields[value] = (reach + op.reach[0] * stride, stride * op.reach[1])
-        elif isinstance(op, BorderFill):
-            fields[value] = (reach + max(map(sum, op.widths)) * stride, stride)
-        else:
-            fields[value] = (reach, stride)
+        field, stride = max(r for r, _ in before), max(s for _, s in before)
+        wider, step = value.op.reach
+        fields[value] = (field + wider * stride, stride * step)
     return max(reach for reach, _ in fields.values()), max(stride for _, stride in fields.values())
 
 

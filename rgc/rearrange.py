@@ -40,11 +40,6 @@ class Rearrangement(Linear):
     def is_view(self) -> bool:
         """Does the result only look at the input's memory?"""
 
-    @property
-    def reach(self) -> tuple[int, int]:
-        """How many positions of an axis it cuts off or adds at most, and the stride of its output."""
-        return 0, 1
-
 
 # --- along the spatial axes --------------------------------------------------------------------------------------
 
@@ -201,6 +196,13 @@ class BorderFill(Operator):
     @property
     def label(self) -> str:
         return "border fill"
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return len(self.widths)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        return max(map(sum, self.widths)), 1
 
     @property
     def assignments(self) -> list[tuple[Any, ...]]:
@@ -521,6 +523,9 @@ class PixelShuffle(Operator):
     @property
     def label(self) -> str:
         return f"pixel shuffle {self.factor}"
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return 2
 
     def evaluate(self, *inputs: Any) -> Any:
         return F.pixel_shuffle(inputs[0], self.factor)

@@ -7,22 +7,28 @@ is an axis that is equally long in all of the calls: the channels behind a layer
 the channels of the inputs are taken from the example too; and if that does not, where the calls differ in the batch
 only, every number on which they agree: a trace at the example's size whose batch stays free. What depends on the values
 of tensors is never a constant, for those have none here.
+
+The calls are kept until somebody asks, and then run in the order in which they were made: most models never ask.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map
 
+from rgc.example import precisely
 from rgc.operators import pytorch_name
 
 Constant = Literal["nothing", "channels", "sizes"]
@@ -33,10 +39,18 @@ class TracedValue(fx.Proxy):
 
     def __init__(self, node: fx.Node, tracer: AnsweringTracer) -> None:
         super().__init__(node, tracer)
-        self.answers: tuple[Any, ...] = ()
+        self.is_form = False  # may it be a size, a number, a device, a dtype? Otherwise it is, or holds, tensors
+        self._answers: tuple[Any, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Any, ...]:
+        """What the value is for each probe; this runs all calls up to now that have not been run."""
+        cast(AnsweringTracer, self.tracer).run_pending()
+        return self._answers
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not self.answers or not _is_data(self.answers[0], name):
+        is_method = not self.is_form and name not in _FIELDS and callable(getattr(Tensor, name, None))
+        if name.startswith("__") or is_method or not self.answers or not _is_data(self.answers[0], name):
             return super().__getattr__(name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
@@ -47,6 +61,17 @@ class TracedValue(fx.Proxy):
     def __len__(self) -> int:
         length = self.tracer.length(self)  # type: ignore[attr-defined]  # the tracer is an AnsweringTracer
         return super().__len__() if length is None else int(length)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the trace that has not been run on tensors without data."""
+
+    made: TracedValue
+    kind: str
+    target: Any
+    args: Any
+    kwargs: Any
 
 
 class AnsweringTracer(fx.Tracer):
@@ -60,7 +85,11 @@ class AnsweringTracer(fx.Tracer):
     def __init__(self, probes: Sequence[Mapping[str, Any]], constant: Constant, may_refuse: int | None = None) -> None:
         super().__init__()
         self._without_data = FakeTensorMode(allow_non_fake_inputs=True)
+        self._empty: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor, kept alive, and the same without data
         self._probes = [tree_map(self._emptied, probe) for probe in probes]
+        self._precise = [leaf for probe in probes for leaf in tree_flatten(probe)[0] if isinstance(leaf, Tensor)]
+        self._modules: dict[str, nn.Module] = {}  # the same without data
+        self._pending: deque[_Call] = deque()
         self._constant, self._sizes_are_constant, self._may_refuse = constant, constant == "sizes", may_refuse
         self.is_answering = False  # off while inputs are declared, and while a call runs on tensors without data
         self.is_running = False
@@ -79,9 +108,10 @@ class AnsweringTracer(fx.Tracer):
                 return result
         made = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         assert isinstance(made, TracedValue)
-        made.answers = self._answers(kind, target, args, kwargs)
-        is_question = self.is_answering and bool(made.answers) and target is not operator.setitem
-        return self._constant_or(made, target, args) if is_question else made
+        made.is_form = _may_be_form(kind, target, args)
+        self._pending.append(_Call(made, kind, target, *_snapshot((args, kwargs))))
+        asks = self.is_answering and target is not operator.setitem and self._may_be_constant(target, args)
+        return self._constant_or(made, target, args) if asks and made.answers else made
 
     def _looked_into(self, function: Any, args: Any, kwargs: Any) -> list[Any]:
         """What a function that asked not to be traced (``fx.wrap``) makes of its arguments, traced all the same.
@@ -106,7 +136,9 @@ class AnsweringTracer(fx.Tracer):
 
     def length(self, value: fx.Proxy) -> int | None:
         """How many elements a value has, if that is the same for every probe and no question of its size."""
-        answers = _given(value.answers) if isinstance(value, TracedValue) else ()
+        if not isinstance(value, TracedValue) or not (self._sizes_are_constant or value.is_form):
+            return None
+        answers = _given(value.answers)
         counted = answers and (isinstance(answers[0], torch.Size) or (self._sizes_are_constant and self.is_answering))
         if not counted or not all(isinstance(each, Tensor | tuple | list) for each in answers):
             return None
@@ -120,9 +152,20 @@ class AnsweringTracer(fx.Tracer):
     # --- answers -------------------------------------------------------------------------------------------------
 
     def _emptied(self, leaf: Any) -> Any:
-        return self._without_data.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
+            return leaf
+        if id(leaf) not in self._empty:
+            self._empty[id(leaf)] = leaf, self._without_data.from_tensor(leaf, static_shapes=True)
+        return self._empty[id(leaf)][1]
 
-    def _answers(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def run_pending(self) -> None:
+        """Answer for every value that the trace has made so far: in order, for some calls change their arguments."""
+        while self._pending:
+            call = self._pending.popleft()
+            with precisely(self._precise):
+                call.made._answers = self._answered(call.kind, call.target, call.args, call.kwargs)
+
+    def _answered(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """The result for each probe; nothing where one of them has none."""
         if kind == "placeholder":
             return tuple(probe[target] for probe in self._probes if target in probe)
@@ -141,7 +184,7 @@ class AnsweringTracer(fx.Tracer):
     def _answer(self, index: int, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """The result for one probe; `_REFUSED` where that is the one that the model may refuse, and it has."""
         try:
-            own = tree_map(lambda leaf: _answer(leaf, index), (tuple(args), dict(kwargs)))
+            own = tree_map(lambda leaf: self._emptied(_answer(leaf, index)), (tuple(args), dict(kwargs)))
             with self._without_data:
                 return self._run(kind, target, *own)
         except _RefusedError:
@@ -155,10 +198,24 @@ class AnsweringTracer(fx.Tracer):
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "get_attr":
-            return operator.attrgetter(target)(self.root).detach()
+            return self._emptied(operator.attrgetter(target)(self.root).detach())
         if kind == "call_module":
-            return self.root.get_submodule(target)(*args, **kwargs)
+            return self._module(target)(*args, **kwargs)
         return getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
+
+    def _module(self, path: str) -> nn.Module:
+        """A module with parameters without data: what is the same for several calls is then worked out once."""
+        if path not in self._modules:
+            module = self.root.get_submodule(path)
+            memo = {id(tensor): self._emptied(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+            self._modules[path] = copy.deepcopy(module, memo)
+        return self._modules[path]
+
+    def _may_be_constant(self, target: Any, args: Sequence[Any]) -> bool:
+        """Could `_constant_or` find a constant? Where not, nobody has to know what the value is."""
+        if self._sizes_are_constant or target == "size" or _is_free_of_sizes(target, args):
+            return True
+        return target is operator.getitem and isinstance(args[0], TracedValue) and args[0].is_form
 
     def _constant_or(self, made: TracedValue, target: Any, args: Any) -> Any:
         """What ``made`` is, where that is a constant of the trace; otherwise ``made`` itself."""
@@ -215,11 +272,38 @@ def _answer(leaf: Any, index: int) -> Any:
         return slice(*(_answer(each, index) for each in (leaf.start, leaf.stop, leaf.step)))
     if not isinstance(leaf, fx.Proxy):
         return leaf
-    if not isinstance(leaf, TracedValue) or not leaf.answers:
+    if not isinstance(leaf, TracedValue) or not leaf._answers:  # what came before has been run
         raise _UnknownError
-    if leaf.answers[index] is _REFUSED:
+    if leaf._answers[index] is _REFUSED:
         raise _RefusedError
-    return leaf.answers[index]
+    return leaf._answers[index]
+
+
+def _snapshot(structure: Any) -> Any:
+    """The same structure in containers of its own: the model may go on to change its lists."""
+    if isinstance(structure, dict):
+        return {key: _snapshot(each) for key, each in structure.items()}
+    if type(structure) in (list, tuple):
+        return type(structure)(map(_snapshot, structure))
+    return structure
+
+
+def _may_be_form(kind: str, target: Any, args: Sequence[Any]) -> bool:
+    name = target if kind == "call_method" else getattr(target, "__name__", "")
+    if target is operator.getitem:
+        return isinstance(args[0], TracedValue) and args[0].is_form
+    if getattr(target, "__module__", None) == "_operator":
+        return any(isinstance(each, TracedValue) and each.is_form for each in args)
+    is_builtin = kind == "call_function" and getattr(target, "__module__", None) == "builtins"
+    return is_builtin or name in _ABOUT_FORM or name.startswith("is_")
+
+
+_ABOUT_FORM = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "get_device", "type",
+})  # fmt: skip
+
+#: What functions with several results call them, as in ``x.max(1).values``; some of these are also methods of tensors.
+_FIELDS = frozenset(name for kind in vars(torch.return_types).values() if isinstance(kind, type) for name in vars(kind))
 
 
 def _is_data(value: Any, name: str) -> bool:

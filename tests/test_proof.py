@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -225,6 +225,33 @@ def test_a_change_of_a_resampling_is_seen(op: Operator, wrong: dict[str, Any]) -
     assert refused(right, replace(right, **wrong), source(1, 4, 12, 12)) and not refused(right, replace(right))  # type: ignore[type-var]
 
 
+@dataclass(frozen=True, eq=False)
+class DelayedBy(Operator):
+    """y[t] = x[t - n]: an operator of a user's own."""
+
+    steps: int
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        return self.steps, 1
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return 1
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        return torch.nn.functional.pad(x, (self.steps, 0))[..., : x.shape[-1]]
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+
+def test_an_operator_that_says_how_far_it_reaches_is_seen_to_do_something() -> None:
+    x = source(1, 4, 100)
+    assert refused(DelayedBy(40), DelayedBy(41), x)
+    assert not refused(DelayedBy(40), DelayedBy(40), x)
+
+
 # --- relative differences --------------------------------------------------------------------------------------------
 
 
@@ -241,6 +268,19 @@ def test_what_cannot_be_compared_is_infinitely_far() -> None:
     assert relative_difference(torch.tensor([1.0, nan]), torch.ones(2)) == inf
     assert relative_difference(torch.tensor([1.0, nan]), torch.tensor([1.0, inf])) == inf
     assert relative_difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == inf
+    far = torch.tensor([1e308], dtype=torch.float64)
+    assert relative_difference(far, -far) == inf
+
+
+def test_infinities_in_the_same_places_leave_the_rest_to_compare() -> None:
+    a = torch.tensor([float("inf"), -4.0, float("nan"), 1.0])
+    assert relative_difference(a, a.clone()) == 0
+    assert relative_difference(a, a + torch.tensor([0.0, 0.0, 0.0, 1.0])) == 0.25
+
+
+def test_the_imaginary_part_counts() -> None:
+    a = torch.tensor([3 + 4j], dtype=torch.complex64)
+    assert relative_difference(a, a.conj().resolve_conj()) == pytest.approx(8 / 5)
 
 
 def test_what_is_equal_is_not_far_at_all() -> None:

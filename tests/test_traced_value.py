@@ -60,6 +60,54 @@ def test_at_the_size_of_the_example_all_but_the_batch_is_a_constant() -> None:
     assert isinstance(asked(lambda x: x.flatten(0, 1).shape[0], [X, MANY], True), fx.Proxy)
 
 
+@pytest.mark.parametrize(("forward", "runs"), [
+    (lambda body, x: (body(x) + x).flatten(1).sum(1)[:, None].relu(), 0),
+    (lambda body, x: x if body(x).ndim == 4 else x.relu(), 1),
+    (lambda body, x: body(x).reshape(x.shape[0], -1), 1),
+])  # fmt: skip
+def test_calls_run_beside_the_trace_only_where_the_model_asks(forward: Callable[..., Any], runs: int) -> None:
+    ran = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Identity()
+
+        def forward(self, x: Tensor) -> Any:
+            return forward(self.body, x)
+
+    model = Model()
+    model.body.register_forward_pre_hook(lambda *_: ran.append(1))
+    tracer = AnsweringTracer([{"x": X}, {"x": LARGE}], "nothing")
+    tracer.is_answering = True
+    tracer.trace(model)
+    assert len(ran) == 2 * runs
+
+
+def test_a_list_that_the_model_goes_on_to_change_is_remembered_as_it_was() -> None:
+    def question(x: Any) -> Any:
+        parts = [x, x]
+        joined = torch.cat(parts, 1)
+        parts.append(x)
+        return joined.shape[1]
+
+    assert asked(question, [X, LARGE], False) == 6
+
+
+def test_calls_that_change_the_form_of_their_argument_run_in_order() -> None:
+    def question(x: Any) -> Any:
+        y = x.relu()
+        before = y.sum(0)
+        y.unsqueeze_(0)
+        return before.ndim, y.ndim
+
+    assert asked(question, [X, LARGE], False) == (3, 5)
+
+
+def test_fields_of_several_results_are_no_methods() -> None:
+    assert asked(lambda x: x.max(1).values.ndim, [X, LARGE], False) == 3
+
+
 @pytest.mark.parametrize("question", [
     lambda x: x.max().item(), lambda x: x.nonzero().shape[0], lambda x: x[x > 0].shape[0], lambda x: x.argmax().item(),
 ])  # fmt: skip
