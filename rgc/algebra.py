@@ -359,6 +359,11 @@ class Conv(Linear):
             return convolve(x, self.weight, bias, self.stride, before, self.dilation, self.groups)
         return convolve(pad(x, self), self.weight, bias, self.stride, 0, self.dilation, self.groups)
 
+    def changed(self, **changes: Any) -> Conv:
+        """`dataclasses.replace` that leaves a deferred weight deferred."""
+        fields = {name: getattr(self, name) for name in ("bias", *self.geometry)}
+        return Conv(**{"weight": self.__dict__["weight"], **fields, **changes})
+
     def with_ones(self) -> Conv:
         """The same map with the channel of ones as its last input channel, for whoever puts it there."""
         if self.ones is None:
@@ -520,18 +525,18 @@ def _with_constant_part(linear: Conv, second: Conv, first: Conv, size: Size | No
     transfers = not has_maps and (second.ones is None or tells_inside)
     at = size if pinned or first.size or second.size else None
     if transfers and _ring_is_constant(second, first):
-        return _changed(linear, bias=_pushed_bias(second, first), ones=_pushed_ones(second, first), size=at)
+        return linear.changed(bias=_pushed_bias(second, first), ones=_pushed_ones(second, first), size=at)
     carries = transfers and tells_inside
     value = _value_that_becomes(second.pad_value, first) if carries else None
     if value is not None and (size is None or _reads_less_than_it_makes(linear, size)):
         ones = _pushed_ones(second, first)
-        return _changed(linear, bias=_pushed_bias(second, first), pad_value=value, ones=ones, size=at)
+        return linear.changed(bias=_pushed_bias(second, first), pad_value=value, ones=ones, size=at)
     if size is not None:
         at_zero = _response_to_zero(second, first, size)
-        return _changed(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
+        return linear.changed(bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
     if carries and second.pad_value is None and linear.pad_value is None:
         ones = _pushed_ones(second, first, with_bias=True)
-        return _changed(_dense(linear), bias=None if second.bias is None else second.bias.double(), ones=ones)
+        return _dense(linear).changed(bias=None if second.bias is None else second.bias.double(), ones=ones)
     raise Refusal(
         f"{second.label} reads a ring around the output of {first.label} as "
         f"{'zeros' if second.pad_value is None else 'its pad value'}, not as its bias: "
@@ -623,7 +628,7 @@ def _dense(conv: Conv) -> Conv:
     if conv.groups == 1:
         return conv
     shape = (conv.out_channels, conv.in_channels, *conv.kernel)
-    return _changed(conv, weight=Deferred(shape, lambda: regroup(conv.kernels, 1).weight), groups=1)
+    return conv.changed(weight=Deferred(shape, lambda: regroup(conv.kernels, 1).weight), groups=1)
 
 
 def _response_to_zero(second: Conv, first: Conv, size: Size) -> Tensor:
@@ -789,9 +794,9 @@ def _as_convs(second: Linear, first: Linear, parallel: bool = False) -> tuple[Co
 def _settled(conv: Conv) -> Conv:
     """The same map; ones that no window leaves are a bias. The laws account for every field, so all count as read."""
     if conv.ones is None or conv.is_padded or conv.transposed:
-        return _changed(conv)
+        return conv.changed()
     total = conv.ones.double().reshape(conv.out_channels, -1).sum(-1)
-    return _changed(conv, bias=_sum_of_biases(conv.bias, total), ones=None)
+    return conv.changed(bias=_sum_of_biases(conv.bias, total), ones=None)
 
 
 def _same_axes(a: Scale, b: Scale) -> bool:
@@ -821,12 +826,6 @@ def _without_constant_axes(bias_map: Tensor) -> Tensor:
     """A bias map that is the same everywhere is an ordinary bias."""
     flat = bias_map.reshape(bias_map.shape[0], -1)
     return flat[:, 0].contiguous() if bool((flat == flat[:, :1]).all()) else bias_map
-
-
-def _changed(conv: Conv, **changes: Any) -> Conv:
-    """`dataclasses.replace` that leaves a deferred weight deferred."""
-    fields = {name: getattr(conv, name) for name in ("bias", *conv.geometry)}
-    return Conv(**{"weight": conv.__dict__["weight"], **fields, **changes})
 
 
 def _per_axis(name: str, value: Any, rank: int) -> Size:
