@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from rgc.testing import randomize
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rgc"
 
 #: Heights and widths that are tried in turn where a model does not say what it takes.
-SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 331, 384, 448, 512, 1024)
+SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 299, 331, 384, 448, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def _sizes() -> dict[str, int]:
     kept = CACHE / f"reach-sizes-{torchvision.__version__}-{timm.__version__}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
-    sizes = {name: _size(lambda name=name: _torchvision_model(name)) for name in torchvision.models.list_models()}
+    sizes = {name: _size(partial(_torchvision_model, name)) for name in torchvision.models.list_models()}
     for module in track(timm.list_modules(), "looking for the smallest models", console=Console(stderr=True)):
-        every = {name: _size(lambda name=name: timm.create_model(name)) for name in timm.list_models(module=module)}
+        every = {name: _size(partial(timm.create_model, name)) for name in timm.list_models(module=module)}
         if every:
             smallest = min(every, key=every.__getitem__)
             sizes[f"timm/{smallest}"] = every[smallest]
@@ -130,13 +131,15 @@ def _size(build: Callable[[], nn.Module]) -> int:
 def _torchvision_model(name: str, **options: Any) -> nn.Module:
     if name.startswith("quantized_"):
         module = torchvision.models.quantization
-        return getattr(module, name.removeprefix("quantized_"))(weights=None, quantize=False, **options)
+        build: Callable[..., nn.Module] = getattr(module, name.removeprefix("quantized_"))
+        return build(weights=None, quantize=False, **options)  # the float model; int8 layers have no float form
     kind = _torchvision_kind(name)
     if kind in ("detection", "segmentation"):
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True
-    return torchvision.models.get_model(name, weights=None, **options)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return model
 
 
 def _torchvision_kind(name: str) -> str:
@@ -158,8 +161,8 @@ def build(name: str) -> tuple[nn.Module, Example]:
     if kind == "optical_flow":
         return randomize(_torchvision_model(name)), Example((_images(128), _images(128)), {"num_flow_updates": 2})
     if kind == "video":
-        shape, options = _VIDEO.get(name.split("_")[0], ((3, 4, 32, 32), {}))
-        return randomize(_torchvision_model(name, **options)), Example((torch.randn(1, *shape),))
+        shape = _VIDEO.get(name.split("_")[0], (3, 4, 32, 32))
+        return randomize(_torchvision_model(name)), Example((torch.randn(1, *shape),))
     option = {"vit": "image_size", "maxvit": "input_size"}.get(name.split("_")[0], "")
     return _smallest(lambda **options: _torchvision_model(name, **options), option)
 
@@ -168,11 +171,10 @@ _SMALL: dict[str, Any] = {"min_size": 96, "max_size": 128}
 _DETECTORS: dict[str, dict[str, Any]] = dict.fromkeys(
     ["fasterrcnn", "maskrcnn", "keypointrcnn", "fcos", "retinanet"], _SMALL
 )
-_VIDEO: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "s3d": ((3, 16, 224, 224), {}),  # its last pooling is over 2 x 7 x 7
-    "mvit": ((3, 4, 64, 64), {"spatial_size": (64, 64), "temporal_size": 4}),
-    "swin3d": ((3, 4, 32, 32), {}),
-}  # fmt: skip
+_VIDEO: dict[str, tuple[int, ...]] = {
+    "s3d": (3, 16, 224, 224),  # its last pooling is over 2 x 7 x 7
+    "mvit": (3, 16, 224, 224),  # its positions are those of this size
+}
 
 
 def _smallest(make: Callable[..., nn.Module], option: str) -> tuple[nn.Module, Example]:
@@ -237,8 +239,12 @@ def measured(name: str, twice: bool) -> Row:
 
 
 def is_explained(path: str, report: Report) -> bool:
-    """Does a refusal name the layer at ``path`` of the compiled model?"""
-    path = path.removeprefix("model.") if report.tier == "submodules" else path
+    """Does a refusal name the layer at ``path`` of the compiled model, or a note the part in which it was kept?"""
+    if report.tier == "submodules":
+        path = path.removeprefix("model.")
+        compiled = report.notes[-1].partition("compiled in place: ")[2].split(", ")
+        if not any(path.startswith(f"{part}.") for part in compiled):
+            return True
     named = {part for refused in report.refusals for part in refused.where.split(" + ")}
     return path in named or any(re.fullmatch(re.escape(each) + r"_\d+", path) for each in named)
 

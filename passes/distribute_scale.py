@@ -28,7 +28,7 @@ from rgc import (
 )
 
 #: Attributes and methods of a tensor that a scale does not change.
-UNCHANGED = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "sym_size.int"})
+UNCHANGED = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "sym_size"})
 
 
 @graph_pass
@@ -116,7 +116,7 @@ def _folded(reader: Value, scale: Scale, axes: int) -> Conv:
 def _asks_for_the_form(op: Operator) -> bool:
     if not isinstance(op, Opaque | Structural):
         return False
-    asked = op.args[1] if op.target is getattr else op.label
+    asked = op.args[1] if op.target is getattr else op.name
     return asked in UNCHANGED
 
 

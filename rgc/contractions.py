@@ -195,7 +195,7 @@ def _constant(lifter: Lifting, operand: Any, beside: Value) -> Tensor | None:
         return None
     op = operand.op
     tensor = op.args[0] if op.args else None
-    if op.label.split(".")[0] != "expand" or not isinstance(tensor, Tensor) or tensor.dim() < 2:
+    if op.name != "expand" or not isinstance(tensor, Tensor) or tensor.dim() < 2:
         return None
     matrix, shape = _without_leading_ones(tensor), lifter.shape(operand)
     if matrix is None or shape[1:] != tuple(matrix.shape) or shape[0] != lifter.shape(beside)[0]:

@@ -19,6 +19,7 @@ from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
+from rgc.planner import Planner, chain_around
 from rgc.proof import check_firing
 from rgc.ranges import Interval, range_of
 from rgc.region import affine_regions, join_at, partial_joins_at
@@ -111,6 +112,8 @@ class _Worklist:
         self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(nodes)
         self.waiting = set(nodes)
+        self.pairs = [pair for pair in self.local if pair[1].is_pair]
+        self.planner = Planner(self._merged, lambda value: cost([value], policy.objective, policy.target))
 
     def run(self) -> None:
         while not _exhausted(self.policy, self.record):
@@ -172,7 +175,8 @@ class _Worklist:
         new = match.embed(replacement)
         added = topological([new], known=self.graph.__contains__)
         dying = _dying(self.graph, match)
-        self._require_gain(dying, added, match)
+        if not self._is_planned(case, match):
+            self._require_gain(dying, added, match)
         sources = [value for value in match.values.values() if value not in match.interior]
         ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
         error = check_firing(match.target, replacement, sources, ranges=ranges)
@@ -190,6 +194,37 @@ class _Worklist:
         if self.policy.objective == "params":  # those of an operator that other values share stay
             dying, added = self._freed(dying), list({id(value.op): value for value in added}.values())
         require_gain(self.policy, dying, added, kept)
+
+    def _is_planned(self, case: Case, match: Match) -> bool:
+        """Does the plan of a longer chain join the two? Without a plan the gain decides; against a plan, a refusal."""
+        if not case.is_pair:
+            return False
+        outer, inner = match.interior
+        chain = chain_around(self.graph, inner)
+        if len(chain) < 3 or outer not in chain:
+            return False
+        segments = self.planner.segments(chain)
+        mine, its = segments[chain.index(inner)], segments[chain.index(outer)]
+        if mine == its:
+            return True
+        members = zip(chain, segments, strict=True)
+        partners = [value.where for value, segment in members if segment in (mine, its) and value not in (inner, outer)]
+        require(not partners, f"planned otherwise: it pays more to merge with {', '.join(partners)}")
+        return False
+
+    def _merged(self, value: Value) -> Operator | None:
+        """What the rewrites of two operators in a row make of those that end in ``value``, as one operator."""
+        for rewrite, case in self.pairs:
+            if (rewrite.name, value.where) in self.policy.banned:
+                continue
+            for match in case.match(value):
+                try:
+                    new = build(rewrite, case, match)
+                except (Refusal, GraphError):
+                    continue
+                if new.inputs == value.inputs[0].inputs and new.type == value.type:
+                    return new.op
+        return None
 
     def _freed(self, dying: list[Value]) -> list[Value]:
         gone = Counter(id(value.op) for value in dying)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rgc.algebra import Conv, Scale
+from rgc.algebra import Conv, Linear, Scale
 from rgc.ir import Input, Operator, Value
 from rgc.operators import (
     Activation,
@@ -340,7 +340,7 @@ def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, d
 
 def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
     """The values that ``x`` stacks along the axis ``dim``; None where it is no such stack."""
-    if not isinstance(x, Value) or not isinstance(x.op, Opaque) or x.op.label.split(".")[0] != "stack":
+    if not isinstance(x, Value) or not isinstance(x.op, Opaque) or x.op.name != "stack":
         return None
     args, kwargs = x.op.args, dict(x.op.kwargs)
     parts, along = args[0] if args else kwargs.get("tensors"), args[1] if len(args) > 1 else kwargs.get("dim", 0)
@@ -378,8 +378,11 @@ def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | No
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
     if options or not isinstance(x, Value) or not sizes or not isinstance(sizes[0], Value):
         return None
-    kept = sum(isinstance(n, Value) for n in sizes)
-    if kept > len(lifter.shape(x)) or not all(_is_length(lifter, n, x, axis) for axis, n in enumerate(sizes[:kept])):
+    rank = len(lifter.shape(x))
+    kept = next(
+        (axis for axis, n in enumerate(sizes) if axis >= rank or not _is_length(lifter, n, x, axis)), len(sizes)
+    )
+    if kept == 0 or any(isinstance(n, Value) for n in sizes[kept:]):
         return None
     if sizes[kept:] == (-1,) and kept < len(lifter.shape(x)):
         return lifter.emit(Structural(torch.flatten, (Slot(0), kept)), x)
@@ -390,20 +393,37 @@ def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | No
 
 def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
     """Is ``size`` the length of this axis of ``x`` at every size, and at the example?"""
+    if isinstance(size, int):
+        return axis > 0 and size == lifter.shape(x)[axis] and _is_channel_axis(x, axis, len(lifter.shape(x)))
     return isinstance(size, Value) and measures(size, x, axis) and lifter.real.get(size) == lifter.shape(x)[axis]
+
+
+def _is_channel_axis(x: Value, axis: int, rank: int) -> bool:
+    """Does a layer with a number of channels of its own say how long this axis is, at every size?"""
+    layers = (each.op for each in _of_one_shape(x) if isinstance(each.op, Linear))
+    return any(op.channels is not None and op.spatial == rank - axis - 1 for op in layers)
 
 
 def measures(size: Value, x: Value, axis: int) -> bool:
     """Is ``size`` the length of this axis of ``x`` at every size, or of an input's first axis, for the batch?"""
     measured = size.inputs[0] if size.inputs else size
     args = size.op.args if isinstance(size.op, Opaque | Structural) else ()
-    if size.op.label == "getitem" and args[1:] == (axis,):  # x.shape[0], x.size()[0]
-        if measured.op.label not in {"getattr", "size"}:
+    if _name(size) == _name(measured) == "getitem" and isinstance(args[1], int):  # x.shape[1:][0]
+        cut = measured.op.args[1] if isinstance(measured.op, Opaque | Structural) else None
+        if not isinstance(cut, slice) or cut.step not in (None, 1) or min(cut.start or 0, args[1]) < 0:
+            return False
+        args, measured = (args[0], args[1] + (cut.start or 0)), measured.inputs[0]
+    if _name(size) == "getitem" and args[1:] == (axis,):  # x.shape[0], x.size()[0]
+        if _name(measured) not in {"getattr", "size"}:
             return False
         measured = measured.inputs[0]
-    elif args[1:] != (axis,) or size.op.label not in {"size", "sym_size.int"}:
+    elif args[1:] != (axis,) or _name(size) not in {"size", "sym_size"}:
         return False
     return shape_source(measured) in _of_one_shape(x) or (axis == 0 and isinstance(measured.op, Input))
+
+
+def _name(value: Value) -> str:
+    return value.op.name if isinstance(value.op, Opaque | Structural) else ""
 
 
 def _of_one_shape(x: Value) -> list[Value]:

@@ -27,7 +27,7 @@ from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler, shape_source
 from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
 from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler, refresh_weights
 from rgc.normalizations import ATEN_NORMALIZATIONS, NORMALIZATIONS
-from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural
+from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural, pytorch_name
 from rgc.rearrange import Subsample
 from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS
 
@@ -147,7 +147,8 @@ class _Lifter:
             return
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
-        kwargs.pop("inplace", None)
+        if "." not in name:
+            kwargs.pop("inplace", None)
         if kwargs.get("out", self) is None:
             del kwargs["out"]
         result = self._handle(target, name, args, kwargs)
@@ -310,7 +311,7 @@ class _Lifter:
         return Origin((f"{scope}.{name}".lstrip("."),), _source_line(node))
 
     def _resolve(self, structure: Any) -> Any:
-        return fx.node.map_arg(structure, lambda node: self.env[node])
+        return _mutable(fx.node.map_arg(structure, lambda node: self.env[node]))
 
     def _returned(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -328,12 +329,9 @@ def _canonical(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str,
             return str(target), False
         pytorchs_own = type(target).__module__.startswith("torch.nn.modules") and not isinstance(target, nn.Dropout)
         return type(target).__name__, pytorchs_own and bool(getattr(target, "inplace", False))
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._opname
-        if name == "_native_batch_norm_legit_no_training":
-            return name, False
-    else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    name = pytorch_name(target)
+    if "." in name or name == "_native_batch_norm_legit_no_training":  # a dot: not a function of PyTorch's
+        return name, False
     inplace = bool(kwargs.get("inplace", False)) or target is operator.setitem
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
@@ -414,6 +412,17 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found.detach() if isinstance(found, Tensor) else found
+
+
+def _mutable(structure: Any) -> Any:
+    """torch.fx keeps arguments in containers that cannot change; a function may well change its list."""
+    if isinstance(structure, tuple) and not hasattr(structure, "_fields"):
+        return tuple(map(_mutable, structure))
+    if isinstance(structure, list):
+        return list(map(_mutable, structure))
+    if isinstance(structure, dict):
+        return {key: _mutable(value) for key, value in structure.items()}
+    return structure
 
 
 def _values_in(structure: Any) -> list[Value]:

@@ -304,6 +304,25 @@ class Unflatten(Operator):
         return given.with_shape((given.shape[0], *self.shape))
 
 
+def pytorch_name(target: Any) -> str:
+    """The name by which PyTorch documents a function, a method (a string) or an ATen overload.
+
+    A function of somebody else that has such a name is another one; it gets a name with its module in front.
+
+    >>> pytorch_name(torch.relu), pytorch_name("relu"), pytorch_name(torch.ops.aten.relu.default)
+    ('relu', 'relu', 'relu')
+    """
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._opname if target.namespace in ("aten", "prims") else str(target)
+    if isinstance(target, nn.Module):
+        return type(target).__name__
+    name, home = getattr(target, "__name__", str(target)), getattr(target, "__module__", None)
+    known = home is None or home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math")
+    return name if known else f"{home}.{name}"
+
+
 @dataclass(frozen=True)
 class Slot:
     """In the arguments of a `Call`: the place of the input with this index."""
@@ -329,7 +348,7 @@ class Call(Operator):
     @property
     def name(self) -> str:
         """PyTorch's name of what is called, the same for a function, a method and an ATen overload."""
-        return self.target._opname if isinstance(self.target, torch._ops.OpOverload) else self.label
+        return pytorch_name(self.target)
 
     @abstractmethod
     def _is_final(self) -> None:

@@ -125,6 +125,13 @@ class Case:
         """Is the whole pattern one affine region?"""
         return isinstance(self.pattern, Applied) and self._region_class() is not None
 
+    @property
+    def is_pair(self) -> bool:
+        """Is the pattern two operators in a row, second(first(x))?"""
+        outer = self.pattern
+        inner = outer.arguments[0] if isinstance(outer, Applied) and len(outer.arguments) == 1 else None
+        return isinstance(inner, Applied) and len(inner.arguments) == 1 and isinstance(inner.arguments[0], Hole)
+
     def _region_class(self) -> type[Region] | None:
         kind = self.holes[self.pattern.operator][0] if isinstance(self.pattern, Applied) else None
         return kind if isinstance(kind, type) and issubclass(kind, Region) else None

@@ -15,7 +15,7 @@ from rgc.errors import TraceError
 from rgc.example import Binding, Example, copy_model, declare, precisely
 from rgc.lift import Source
 from rgc.modules import has_hooks, is_leaf
-from rgc.traced_value import AnsweringTracer
+from rgc.traced_value import AnsweringTracer, Constant
 
 #: The batch of a second call, by which a trace tells the batch from other sizes: not a size that turns up by chance.
 OTHER_BATCH = 19
@@ -32,10 +32,11 @@ def trace_symbolically(model: nn.Module, example: Example) -> tuple[Source, bool
     # What fails on parameters that are constants may trace with symbols for them (`token.expand(batch, -1, -1)`), and
     # what asks about sizes (`if height % 7`) with the sizes of the example.
     first: Exception | None = None
-    for sizes_are_constant in (False, True):
+    constants: tuple[Constant, ...] = ("nothing", "channels", "sizes")
+    for constant in constants:
         for symbolic_parameters in (False, True):
             try:
-                return _trace(model, example, symbolic_parameters, sizes_are_constant)
+                return _trace(model, example, symbolic_parameters, constant)
             except TraceError:
                 raise
             except Exception as error:  # the model's own code may raise anything
@@ -44,19 +45,21 @@ def trace_symbolically(model: nn.Module, example: Example) -> tuple[Source, bool
     raise first from None
 
 
-def _trace(
-    model: nn.Module, example: Example, symbolic_parameters: bool, sizes_are_constant: bool
-) -> tuple[Source, bool]:
+def _trace(model: nn.Module, example: Example, symbolic_parameters: bool, constant: Constant) -> tuple[Source, bool]:
     binding = example.binding(model)
     traced = copy_model(model)  # tracing runs forward, which may write to the model
-    calls = [example, *_other_calls(example, sizes_are_constant)]
+    calls = [example, *_other_calls(example, constant == "sizes")]
+    may_refuse = None if constant == "sizes" else len(calls)
+    if may_refuse is not None:
+        calls.append(_with_other_channels(example))
     probes = [call.binding(model).values for call in calls]
-    tracer = _Tracer(binding, probes, symbolic_parameters, sizes_are_constant)
+    tracer = _Tracer(binding, probes, symbolic_parameters, constant, may_refuse)
     with torch.no_grad(), precisely(example.tensors):
         graph = tracer.trace(traced)
     _require_unchanged(model, traced)
-    if tracer.assumed_sizes:
-        _check_sizes(graph, tracer.inputs, tree_flatten(binding.call(binding.values))[0], example)
+    if tracer.assumed_sizes or tracer.assumed_channels:
+        leaves = tree_flatten(binding.call(binding.values))[0]
+        _check_sizes(graph, tracer.inputs, leaves, example, only_channels=not tracer.assumed_sizes)
     spec = tracer.output_spec
     assert spec is not None  # set by the trace
     source = Source(graph, traced, binding.values, {}, lambda leaves: tree_unflatten(list(leaves), spec))
@@ -84,8 +87,21 @@ def _resized(example: Example, factor: int, shift: int) -> Example:
     return Example(tree_map(resized, example.args), tree_map(resized, example.kwargs))
 
 
-def _check_sizes(graph: fx.Graph, inputs: Sequence[Any], leaves: Sequence[Any], example: Example) -> None:
-    """Refuse other sizes than those of the example at run time; the batch stays free."""
+def _with_other_channels(example: Example) -> Example:
+    """The example with more channels: a model without a layer that counts them may take any number."""
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
+            return leaf
+        return leaf.new_empty((leaf.shape[0], leaf.shape[1] + OTHER_BATCH, *leaf.shape[2:]))
+
+    return Example(tree_map(resized, example.args), tree_map(resized, example.kwargs))
+
+
+def _check_sizes(
+    graph: fx.Graph, inputs: Sequence[Any], leaves: Sequence[Any], example: Example, only_channels: bool
+) -> None:
+    """Refuse other sizes, or other channels, than those of the example at run time; the batch stays free."""
     tracer = fx.proxy.GraphAppendingTracer(graph)
     batch = next((tensor.shape[0] for tensor in example.tensors if tensor.dim() > 1), None)
     pairs = [(proxy.node, leaf) for proxy, leaf in zip(inputs, leaves, strict=True) if isinstance(leaf, Tensor)]
@@ -93,13 +109,15 @@ def _check_sizes(graph: fx.Graph, inputs: Sequence[Any], leaves: Sequence[Any], 
     last = max((nodes.index(node) for node, _ in pairs), default=-1)
     with graph.inserting_before(nodes[last + 1]):
         for node, leaf in pairs:
-            start = 1 if leaf.dim() > 1 and leaf.shape[0] == batch else 0
-            size = tuple(leaf.shape[start:])
+            start = 1 if only_channels or (leaf.dim() > 1 and leaf.shape[0] == batch) else 0
+            stop = 2 if only_channels else None
+            size = tuple(leaf.shape[start:stop])
             shape = tracer.create_proxy("call_function", getattr, (fx.Proxy(node, tracer), "shape"), {})
-            rest = tracer.create_proxy("call_function", operator.getitem, (shape, slice(start, None)), {})
+            rest = tracer.create_proxy("call_function", operator.getitem, (shape, slice(start, stop)), {})
             same = tracer.create_proxy("call_function", operator.eq, (rest, size), {})
             wanted = "x".join(map(str, size))
-            message = f"this compiled model holds where {node.name} is of size {wanted}"
+            wanted = f"has {wanted} channels" if only_channels else f"is of size {wanted}"
+            message = f"this compiled model holds where {node.name} {wanted}"
             message += " (any batch); compile it again for another" if start else "; compile it again for another"
             tracer.create_proxy("call_function", torch._assert, (same, message), {})
 
@@ -131,9 +149,10 @@ class _Tracer(AnsweringTracer):
         binding: Binding,
         probes: Sequence[Mapping[str, Any]],
         symbolic_parameters: bool,
-        sizes_are_constant: bool,
+        constant: Constant,
+        may_refuse: int | None,
     ) -> None:
-        super().__init__(probes, sizes_are_constant)
+        super().__init__(probes, constant, may_refuse)
         self._binding = binding
         self.inputs: list[Any] = []
         self.proxy_buffer_attributes = self._symbolic_parameters = symbolic_parameters

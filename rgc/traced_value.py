@@ -1,24 +1,31 @@
 """What does a traced value answer when ``forward`` asks for its rank, dtype, device or size? What the example says.
 
 Beside every node of the trace runs the same call on tensors without data, for the example and for calls with another
-batch and other sizes. What does not depend on sizes (the rank, ``x.is_cuda``, ``x.dtype == torch.float16``) is a
-constant always, and so is an axis that is equally long in all of the calls: the channels. With ``sizes_are_constant``,
-where the calls differ in the batch only, so is every number on which they agree: a trace at the example's size whose
-batch stays free. What depends on the values of tensors is never a constant, for those have none here.
+batch, other sizes and, last, other channels; the model may refuse that last one, which then answers nothing from there
+on. What does not depend on sizes (the rank, ``x.is_cuda``, ``x.dtype == torch.float16``) is a constant always, and so
+is an axis that is equally long in all of the calls: the channels behind a layer that counts them. If that does not do,
+the channels of the inputs are taken from the example too; and if that does not, where the calls differ in the batch
+only, every number on which they agree: a trace at the example's size whose batch stays free. What depends on the values
+of tensors is never a constant, for those have none here.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
+
+from rgc.operators import pytorch_name
+
+Constant = Literal["nothing", "channels", "sizes"]
 
 
 class TracedValue(fx.Proxy):
@@ -43,19 +50,21 @@ class TracedValue(fx.Proxy):
 
 
 class AnsweringTracer(fx.Tracer):
-    """Symbolic tracing in which values know their types; with ``sizes_are_constant`` their sizes as well.
+    """Symbolic tracing in which values know their types; what else they know is said by ``constant``.
 
-    ``assumed_sizes`` tells after the trace whether it holds at the sizes of the example only.
+    ``constant`` is the part of an input's shape that may be taken from the example: none, its channels, or all but the
+    batch. ``assumed_channels`` and ``assumed_sizes`` tell after the trace whether it holds for those of the example
+    only. ``may_refuse`` is the number of the probe that the model may refuse.
     """
 
-    def __init__(self, probes: Sequence[Mapping[str, Any]], sizes_are_constant: bool) -> None:
+    def __init__(self, probes: Sequence[Mapping[str, Any]], constant: Constant, may_refuse: int | None = None) -> None:
         super().__init__()
         self._without_data = FakeTensorMode(allow_non_fake_inputs=True)
         self._probes = [tree_map(self._emptied, probe) for probe in probes]
-        self._sizes_are_constant = sizes_are_constant
+        self._constant, self._sizes_are_constant, self._may_refuse = constant, constant == "sizes", may_refuse
         self.is_answering = False  # off while inputs are declared, and while a call runs on tensors without data
         self.is_running = False
-        self.assumed_sizes = False
+        self.assumed_channels = self.assumed_sizes = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with _without_complaints():
@@ -65,11 +74,28 @@ class AnsweringTracer(fx.Tracer):
         return TracedValue(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        if kind == "call_function" and isinstance(target, types.FunctionType) and "." in pytorch_name(target):
+            for result in self._looked_into(target, args, kwargs):
+                return result
         made = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         assert isinstance(made, TracedValue)
         made.answers = self._answers(kind, target, args, kwargs)
         is_question = self.is_answering and bool(made.answers) and target is not operator.setitem
         return self._constant_or(made, target, args) if is_question else made
+
+    def _looked_into(self, function: Any, args: Any, kwargs: Any) -> list[Any]:
+        """What a function that asked not to be traced (``fx.wrap``) makes of its arguments, traced all the same.
+
+        Nothing where that cannot be done, because it looks at values, say; then it is called as it is.
+        """
+        before = len(self.graph.nodes)
+        try:
+            args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of its own, which it may change
+            return [function(*args, **kwargs)]
+        except Exception:  # somebody else's code, which was not written for proxies, may raise anything
+            for node in list(self.graph.nodes)[: before - 1 : -1]:
+                self.graph.erase_node(node)
+            return []
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.is_running else super().call_module(m, forward, args, kwargs)
@@ -80,7 +106,7 @@ class AnsweringTracer(fx.Tracer):
 
     def length(self, value: fx.Proxy) -> int | None:
         """How many elements a value has, if that is the same for every probe and no question of its size."""
-        answers = value.answers if isinstance(value, TracedValue) else ()
+        answers = _given(value.answers) if isinstance(value, TracedValue) else ()
         counted = answers and (isinstance(answers[0], torch.Size) or (self._sizes_are_constant and self.is_answering))
         if not counted or not all(isinstance(each, Tensor | tuple | list) for each in answers):
             return None
@@ -104,15 +130,28 @@ class AnsweringTracer(fx.Tracer):
         self.is_running = True
         try:
             for index in range(len(self._probes)):
-                own = tree_map(lambda leaf, index=index: _answer(leaf, index), (tuple(args), dict(kwargs)))
-                with self._without_data:
-                    answers.append(self._run(kind, target, *own))
+                answers.append(self._answer(index, kind, target, args, kwargs))
         # A call on tensors without data may raise anything; what it would have returned then stays unknown.
         except Exception:
             return ()
         finally:
             self.is_running = False
         return tuple(answers)
+
+    def _answer(self, index: int, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """The result for one probe; `_REFUSED` where that is the one that the model may refuse, and it has."""
+        try:
+            own = tree_map(lambda leaf: _answer(leaf, index), (tuple(args), dict(kwargs)))
+            with self._without_data:
+                return self._run(kind, target, *own)
+        except _RefusedError:
+            return _REFUSED
+        except _UnknownError:
+            raise
+        except Exception:  # of other channels: the operator may raise anything; of the rest: see the caller
+            if index != self._may_refuse:
+                raise
+            return _REFUSED
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "get_attr":
@@ -123,9 +162,12 @@ class AnsweringTracer(fx.Tracer):
 
     def _constant_or(self, made: TracedValue, target: Any, args: Any) -> Any:
         """What ``made`` is, where that is a constant of the trace; otherwise ``made`` itself."""
-        answers = made.answers
-        same_at_every_size = not self._sizes_are_constant and _is_axis(target, args, answers)
-        if (same_at_every_size or _is_free_of_sizes(target, args)) and _agree(answers):
+        answers = _given(made.answers)
+        is_axis = not self._sizes_are_constant and _is_axis(target, args, answers)
+        if is_axis and self._constant == "channels" and not _agree(answers):
+            answers = made.answers[: self._may_refuse]  # it is the last
+            self.assumed_channels |= _agree(answers)
+        if (is_axis or _is_free_of_sizes(target, args)) and _agree(answers):
             made.tracer.graph.erase_node(made.node)
             return answers[0]
         if not self._sizes_are_constant:
@@ -156,6 +198,18 @@ class _UnknownError(Exception):
     """A call needs a value that nothing is known about."""
 
 
+class _RefusedError(Exception):
+    """A call needs a value that the model has refused to compute."""
+
+
+#: The answer of a probe of other channels behind what fixes their number.
+_REFUSED = object()
+
+
+def _given(answers: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(answer for answer in answers if answer is not _REFUSED)
+
+
 def _answer(leaf: Any, index: int) -> Any:
     if isinstance(leaf, slice):
         return slice(*(_answer(each, index) for each in (leaf.start, leaf.stop, leaf.step)))
@@ -163,6 +217,8 @@ def _answer(leaf: Any, index: int) -> Any:
         return leaf
     if not isinstance(leaf, TracedValue) or not leaf.answers:
         raise _UnknownError
+    if leaf.answers[index] is _REFUSED:
+        raise _RefusedError
     return leaf.answers[index]
 
 

@@ -46,7 +46,7 @@ def relocated(op: Linear, spatial: int) -> Linear:
 
 def is_permutation(call: Operator) -> bool:
     """Does the call put the axes into another order, and nothing else?"""
-    return isinstance(call, Structural) and call.label.split(".")[0] in _PERMUTATIONS
+    return isinstance(call, Structural) and call.name in _PERMUTATIONS
 
 
 def inverts(back: Operator, call: Operator, rank: int) -> bool:
@@ -57,12 +57,12 @@ def inverts(back: Operator, call: Operator, rank: int) -> bool:
 
 def is_reshape(call: Operator) -> bool:
     """Does the call keep the order of all elements, and change only how they are counted?"""
-    return isinstance(call, Structural) and call.label.split(".")[0] in _RESHAPES
+    return isinstance(call, Structural) and call.name in _RESHAPES
 
 
 def takes_shape_of_another(call: Operator) -> bool:
     """``x.reshape_as(y)`` or ``x.view_as(y)``?"""
-    named = isinstance(call, Opaque) and call.label.split(".")[0] in {"reshape_as", "view_as"}
+    named = isinstance(call, Opaque) and call.name in {"reshape_as", "view_as"}
     return named and isinstance(call, Call) and call.args == (Slot(0), Slot(1)) and not call.kwargs
 
 
@@ -76,7 +76,7 @@ def _place(call: Structural | ChannelMean, given: TensorType, axis: int) -> int 
     if isinstance(call, ChannelMean):  # of the positions, where the channels are on another axis
         return None if axis == len(given.shape) - 1 - call.axes else axis
     args, kwargs = _arguments(call)
-    follow = _FOLLOW.get(call.label.split(".")[0])
+    follow = _FOLLOW.get(call.name)
     if follow is None or call.args[:1] not in ((Slot(0),), ()) or not _accepts(follow, given, axis, args, kwargs):
         return None
     return follow(given, axis, *args, **kwargs)
@@ -107,7 +107,7 @@ def _order(call: Operator, rank: int) -> list[int] | None:
     if not isinstance(call, Structural):
         return None
     args, kwargs = _arguments(call)
-    kind = call.label.split(".")[0]
+    kind = call.name
     if kwargs or kind not in _PERMUTATIONS:
         return None
     if kind == "permute":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rgc
 from rgc.example import output_difference
@@ -489,6 +489,19 @@ def test_other_forms_of_them_stay_as_they_are(forward: Callable[[Any, Tensor], T
     assert not names & set(compiled.report.ops_after)
 
 
+@fx.wrap
+def shifted(x: Tensor, by: list[int]) -> Tensor:
+    """Changes its own copy of a list, as a function of torchvision does."""
+    by = by.copy()
+    by[0] += 1
+    return x.roll(by, dims=[2, 3])
+
+
+def test_a_wrapped_function_may_change_its_lists() -> None:
+    compiled = compiled_equal(Model(lambda m, x: shifted(m.first(x), [1, 2])))
+    assert compiled.report.tier == "torch.fx" and compiled.report.ops_after["roll"] == 1
+
+
 def test_a_slice_may_end_at_a_size() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         rows, columns = x.shape[2:]
@@ -501,3 +514,38 @@ def test_a_slice_may_end_at_a_size() -> None:
     for shape in ((1, 4, 9, 8), (3, 4, 12, 11)):
         x = torch.randn(shape)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+# --- functions of somebody else that have a name of PyTorch's --------------------------------------------------------
+
+
+def relu(x: Tensor) -> Tensor:
+    return x.clamp(-3.0, 100.0)
+
+
+def flatten(x: Tensor) -> Tensor:
+    return x.abs()
+
+
+def add_(x: Tensor, y: Tensor, inplace: bool = False) -> Tensor:
+    return x * y if inplace else x - y
+
+
+for _ours in ("relu", "flatten", "add_"):
+    fx.wrap(_ours)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.second(relu(m.first(x))),
+        lambda m, x: m.second(flatten(m.first(x))),
+        lambda m, x: m.second(add_(m.first(x), x)),
+        lambda m, x: m.second(add_(m.first(x), x, inplace=True)),
+    ],
+)
+def test_a_function_of_somebody_else_is_not_pytorchs_of_that_name(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    compiled = compiled_equal(Model(forward))
+    assert not {"ReLU", "add"} & set(compiled.report.ops_after)
+    model, x = Model(forward).eval(), 1e3 * torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(rgc.compile(model, x / 1e3)(x), model(x), rtol=1e-4, atol=1e-2)

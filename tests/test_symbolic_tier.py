@@ -157,3 +157,56 @@ def test_an_error_of_the_first_attempt_is_the_one_that_is_told() -> None:
         fx.proxy.TraceError, match="symbolically traced variables cannot be used as inputs to control flow"
     ):
         trace_symbolically(Model(lambda m, x: x if x.sum() > 0 else m.token).eval(), X)
+
+
+def test_the_channels_of_an_input_that_no_layer_counts_stay_free() -> None:
+    model = Model(lambda m, x: (y := torch.relu(x)).reshape(y.shape[0], y.shape[1], -1)).eval()
+    compiled = rgc.compile(model, X)
+    for shape in ((2, 3, 6, 6), (1, 8, 5, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_channels_of_an_input_that_steer_forward_are_checked_at_run_time() -> None:
+    model = Model(lambda m, x: torch.relu(x) if x.shape[1] == 3 else x).eval()
+    compiled = rgc.compile(model, X)
+    assert compiled.report.tier == "torch.fx" and not compiled.report.fixed_size
+    other = torch.randn(4, 3, 9, 5)
+    assert torch.equal(compiled(other), model(other))
+    with pytest.raises(AssertionError, match="holds where x has 3 channels"):
+        compiled(torch.randn(2, 4, 6, 6))
+
+
+# --- functions that asked not to be traced ----------------------------------------------------------------------------
+
+
+def halve_in_training(x: Tensor, p: float, training: bool) -> Tensor:
+    if p < 0:
+        raise ValueError("p is negative")
+    if not training or p == 0.0:
+        return x
+    return x * p
+
+
+def by_value(x: Tensor) -> Tensor:
+    y = x + 1
+    return y if bool((x > 0).all()) else 2 * y
+
+
+for _name in ("halve_in_training", "by_value"):
+    fx.wrap(_name)
+
+
+def test_a_wrapped_function_is_looked_into_where_that_can_be_done() -> None:
+    model = Model(lambda m, x: halve_in_training(m.conv(x), 0.5, m.training)).eval()
+    source, _ = trace_symbolically(model, X)
+    assert [node.op for node in source.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_a_wrapped_function_that_looks_at_values_is_called_and_leaves_nothing_of_the_attempt() -> None:
+    model = Model(lambda m, x: m.conv(by_value(x))).eval()
+    source, _ = trace_symbolically(model, X)
+    assert [node.target for node in source.graph.nodes if node.op == "call_function"] == [by_value]
+    compiled = rgc.compile(model, X)
+    for x in (torch.randn(2, 3, 6, 6), torch.rand(2, 3, 6, 6)):
+        torch.testing.assert_close(compiled(x), model(x))

@@ -1,0 +1,99 @@
+"""Which neighbours of a linear chain should become one operator? Dynamic programming over exact merges.
+
+Merging is not always faster, and choices along a chain interact: a 1x1 that merges into the 3x3 before it is gone for
+the 3x3 behind it. A chain of n operators is cut into segments, each of which is one operator, such that the sum of
+their costs is least: best[j] = min over i of best[i - 1] + cost(i .. j). What a segment becomes is asked of the
+rewrites themselves, two parts at a time and in every bracketing, so the plan holds nothing that no rewrite can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rgc.algebra import Linear
+from rgc.ir import Graph, Operator, Value
+
+#: So many operators of a chain are looked at together; longer ones in windows around the pair in question.
+LONGEST_CHAIN = 8
+
+#: What two operators in a row become as one, applied to the value before them; None where no rewrite makes it.
+Merge = Callable[[Value], Operator | None]
+
+
+def chain_around(graph: Graph, value: Value) -> tuple[Value, ...]:
+    """The linear operators in a row before and behind ``value``, each read by the next and by nobody else."""
+    before, behind = [value], [value]
+    while len(before) < LONGEST_CHAIN and _continues(graph, before[-1].inputs[0], before[-1]):
+        before.append(before[-1].inputs[0])
+    while len(behind) < LONGEST_CHAIN:
+        users = graph.users(behind[-1])
+        if len(users) != 1 or not _continues(graph, behind[-1], users[0]):
+            break
+        behind.append(users[0])
+    excess = len(before) + len(behind) - 1 - LONGEST_CHAIN
+    if excess > 0:
+        kept = max(2, min(len(before) - excess, LONGEST_CHAIN // 2 + 1))
+        before = before[:kept]
+        behind = behind[: LONGEST_CHAIN - kept + 1]
+    return (*before[:0:-1], *behind)
+
+
+def _continues(graph: Graph, first: Value, second: Value) -> bool:
+    linear = all(isinstance(each.op, Linear) and len(each.inputs) == 1 for each in (first, second))
+    return linear and graph.use_count(first) == 1
+
+
+@dataclass
+class Planner:
+    """Plans of the chains that were asked for, and what pairs of operators become, so that nothing is asked twice."""
+
+    merge: Merge
+    cost: Callable[[Value], float]
+    _pairs: dict[tuple[int, int, tuple[int, ...]], tuple[Operator, Operator, Operator | None]] = field(
+        default_factory=dict
+    )
+    _plans: dict[tuple[int, ...], tuple[tuple[Value, ...], list[int]]] = field(default_factory=dict)
+
+    def segments(self, chain: Sequence[Value]) -> list[int]:
+        """For each value of the chain, the number of its segment in the plan of least cost."""
+        key = tuple(map(id, chain))
+        if key not in self._plans:
+            self._plans[key] = (tuple(chain), self._planned(chain))  # the values are kept, and so are their ids
+        return self._plans[key][1]
+
+    def _planned(self, chain: Sequence[Value]) -> list[int]:
+        made = self._operators(chain)
+        best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # cost, segments, start of the last segment
+        for end in range(len(chain)):
+            options = [
+                (best[start][0] + self.cost(op(chain[start].inputs[0])), best[start][1] + 1, start)
+                for start in range(end + 1)
+                if (op := made[start, end]) is not None
+            ]
+            best.append(min(options))  # of equal cost, the one of fewer segments
+        numbers, end = [0] * len(chain), len(chain)
+        while end:
+            _, segment, start = best[end]
+            numbers[start:end] = [segment] * (end - start)
+            end = start
+        return numbers
+
+    def _operators(self, chain: Sequence[Value]) -> dict[tuple[int, int], Operator | None]:
+        """The one operator of each part of the chain, by its first and last index; None where there is none."""
+        made: dict[tuple[int, int], Operator | None] = {(i, i): value.op for i, value in enumerate(chain)}
+        for length in range(1, len(chain)):
+            for start in range(len(chain) - length):
+                end = start + length
+                splits = ((made[start, cut], made[cut + 1, end]) for cut in range(start, end))
+                results = (
+                    self._pair(a, b, chain[start].inputs[0]) for a, b in splits if a is not None and b is not None
+                )
+                made[start, end] = next((op for op in results if op is not None), None)
+        return made
+
+    def _pair(self, first: Operator, second: Operator, source: Value) -> Operator | None:
+        key = (id(first), id(second), source.tensor_type.shape)
+        if key not in self._pairs:
+            self._pairs[key] = (first, second, self.merge(second(first(source))))
+        return self._pairs[key][2]
