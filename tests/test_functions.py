@@ -313,7 +313,7 @@ def test_a_reshape_of_tokens_to_an_image_splits_the_last_axis_alone(leading: Cal
     "image",
     [
         lambda x: x.flatten(2).reshape(x.shape[0], x.shape[2], 3, x.shape[3]),
-        lambda x: x.flatten(2).transpose(1, 2).reshape(x.shape[0], 9, 3, x.shape[1]),
+        lambda x: x.flatten(2).transpose(1, 2).reshape(x.shape[0], 9, x.shape[1], 1),
         lambda x: x.reshape(x.shape[0], 9, x.shape[3]),
     ],
 )
