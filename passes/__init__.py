@@ -2,6 +2,7 @@
 
 from rgc.passes.absorb_residual import absorb_residual
 from rgc.passes.collapse import collapse
+from rgc.passes.distribute_over_branches import distribute_over_branches
 from rgc.passes.distribute_scale import distribute_scale
 from rgc.passes.drop_identity import drop_identity
 from rgc.passes.exchange_max_pool import exchange_max_pool
@@ -35,6 +36,7 @@ ALL = (
     exchange_pixel_shuffle,
     merge_stage,
     absorb_residual,
+    distribute_over_branches,
     merge_branches,
     move_views,
     collapse,

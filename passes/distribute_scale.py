@@ -1,8 +1,9 @@
 """A channel scale is part of every linear operator that reads it, also behind reshapes: W P(s x + t) = (W s) P x + W t.
 
-P may be whatever leaves the channels whole: reshapes, transposes, slices and averages of the other axes. It is all or
-nothing: a scale that one reader still needs saves nothing in the others. The pairs of a scale and one neighbour are
-`fold_batchnorm` and `fold_scale`.
+So it is of the one that it reads, also before reshapes: s P(Wx + b) + t = P((s W) x + s b + t). P may be whatever
+leaves the channels whole: reshapes, transposes, slices and averages of the other axes. It is all or nothing: a scale
+that one reader still needs saves nothing in the others. The pairs of a scale and one neighbour are `fold_batchnorm` and
+`fold_scale`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rgc import (
     Scale,
     Structural,
     Value,
+    carrying_axis,
     compose,
     graph_pass,
     require,
@@ -38,6 +40,12 @@ def distribute_scale(graph: Graph) -> Graph:
     changed = False
     for value in reversed(graph.nodes()):
         if not isinstance(value.op, BatchNorm | Scale) or _has_a_neighbour_of_its_own(graph, value):
+            continue
+        if (before := _layer_before(graph, value)) is not None:
+            layer, op = before
+            graph.replace(layer, Value(op, layer.inputs, layer.type, layer.origin | value.origin, layer.name))
+            graph.replace(value, value.inputs[0])
+            changed = True
             continue
         try:
             merged = _merged_readers(graph, value)
@@ -58,6 +66,38 @@ def _has_a_neighbour_of_its_own(graph: Graph, value: Value) -> bool:
     before, readers = value.inputs[0], graph.users(value)
     own = isinstance(before.op, Conv | Scale | BatchNorm) and graph.use_count(before) == 1
     return own or (len(readers) == 1 and isinstance(readers[0].op, Conv) and graph.use_count(value) == 1)
+
+
+def _layer_before(graph: Graph, value: Value) -> tuple[Value, Conv] | None:
+    """The convolution before the reshapes before a scale, which nobody else reads, with the one that replaces it."""
+    assert isinstance(value.op, BatchNorm | Scale)
+    scale = value.op.as_linear()
+    assert isinstance(scale, Scale)
+    if scale.spatial is None:
+        return None
+    axis = len(value.tensor_type.shape) - scale.spatial - 1
+    before = value.inputs[0]
+    while isinstance(before.op, Structural) and before.inputs and _has_one_reader(graph, before):
+        source = before.inputs[0]
+        found = None if source.type is None else carrying_axis(before.op, source.type, axis)
+        if found is None:
+            return None
+        axis, before = found, source
+    conv = before.op
+    if before is value.inputs[0] or not isinstance(conv, Conv) or not _has_one_reader(graph, before):
+        return None
+    if len(before.tensor_type.shape) - conv.spatial - 1 != axis:
+        return None
+    there = Scale(scale.scale, scale.shift, conv.spatial)
+    size = before.inputs[0].tensor_type.size(conv.spatial)
+    return before, compose(there, conv, size).as_conv(conv.in_channels, conv.spatial)
+
+
+def _has_one_reader(graph: Graph, value: Value) -> bool:
+    """Is it computed for one other value? Who asks for its shape does not mind its numbers."""
+    readers = [each for each in graph.users(value) if not _asks_for_the_form(each.op)]
+    is_output = any(leaf is value for leaf in graph.output_values)
+    return len(readers) == 1 and readers[0].inputs.count(value) == 1 and not is_output and value not in graph.effects
 
 
 def _is_left_to_us(value: Value) -> bool:

@@ -93,9 +93,8 @@ def move_before_upsampling(x: Value, upsample: Upsample, layer: Pointwise) -> Va
 def move_behind_pooling(x: Value, layer: Pointwise, resampling: Averaging) -> Value:
     pooled = resampling(x)
     before, after = x.tensor_type, pooled.tensor_type
-    require(
-        math.prod(after.shape) < math.prod(before.shape), f"{resampling.label} leaves as many positions as it reads"
-    )
+    fewer = math.prod(after.shape) < math.prod(before.shape)
+    require(fewer, f"{resampling.label} leaves no fewer positions than it reads")
     axes = _require_passage([resampling], before, layer.spatial, layer, layer)
     return _on(layer, axes)(pooled)
 

@@ -72,9 +72,14 @@ def pointwise_with_bias_before_a_padded_convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 3, padding=1)).eval()
 
 
-@merge_pointwise.leaves_alone(shape=(2, 8, 8, 8), because="bias map")
+@merge_pointwise.fires_on(shape=(2, 8, 8, 8))
 def pointwise_with_bias_before_a_padded_convolution_of_groups() -> nn.Module:
     return nn.Sequential(nn.Conv2d(8, 32, 1, groups=2), nn.Conv2d(32, 8, 3, padding=1, groups=8)).eval()
+
+
+@merge_pointwise.leaves_alone(shape=(2, 8, 8, 8), because="bias map")
+def pointwise_with_bias_that_pads_before_a_padded_convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 32, 1, padding=1), nn.Conv2d(32, 8, 3, padding=1)).eval()
 
 
 @merge_pointwise.leaves_alone(shape=(2, 64, 28, 28), because="estimated slower")

@@ -12,7 +12,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgc import AvgPool, Conv, Gather, Linear, Pad, PixelUnshuffle, Rearrangement, Value, compose, require, rewrite
+from rgc import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Gather,
+    Linear,
+    Pad,
+    PixelUnshuffle,
+    Rearrangement,
+    Scale,
+    Value,
+    compose,
+    require,
+    rewrite,
+)
 
 
 @rewrite(lambda x, move, linear: linear(move(x)))
@@ -32,9 +46,17 @@ def merge_rearrangement_after(x: Value, linear: Conv, move: Rearrangement) -> Va
 
 
 @merge_rearrangement.also(lambda x, first, pad, second: second(pad(first(x))))
-def merge_around_a_pad(x: Value, first: Conv, pad: Pad, second: Conv) -> Value:
-    channels = first.out_channels
-    return compose(compose(second, pad.as_conv(channels, pad.spatial)), first, _size(x, pad))(x)
+def merge_around_a_pad(x: Value, first: Conv | BatchNorm | Scale, pad: Pad, second: Conv) -> Value:
+    return compose(compose(second, pad.as_conv(second.in_channels, pad.spatial)), first, _size(x, pad))(x)
+
+
+@merge_rearrangement.also(lambda x, pad, first, second: second(first(pad(x))))
+def merge_behind_a_pad(x: Value, pad: Pad, first: Conv | BatchNorm | Scale, second: Conv | AvgPool) -> Value:
+    """Two layers that are one only where the padding comes before both."""
+    spatial, shape = pad.spatial, x.tensor_type.shape
+    channels = shape[len(shape) - spatial - 1]
+    inner = compose(first.as_conv(channels, spatial), pad.as_conv(channels, spatial), _size(x, pad))
+    return compose(second, inner, _size(x, pad))(x)
 
 
 @merge_rearrangement.also(lambda x, move: move(x))
@@ -145,6 +167,23 @@ def space_to_depth_stem() -> nn.Module:
 def pad_of_one_side_between_convolutions() -> nn.Module:
     first = nn.Conv2d(4, 8, 1, bias=False)
     return nn.Sequential(first, nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 4, 3, stride=2), nn.ReLU()).eval()
+
+
+@merge_rearrangement.fires_on(shape=(2, 2, 9))
+def batch_norm_before_a_pad_that_crops_the_other_side() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(2), nn.ZeroPad1d((-1, 3)), nn.Conv1d(2, 4, 1), nn.ReLU()).eval()
+
+
+@merge_rearrangement.fires_on(shape=(2, 1, 20))
+def pad_before_two_strided_convolutions_the_second_of_which_pads() -> nn.Module:
+    convs = nn.Conv1d(1, 4, 5, stride=2, bias=False), nn.Conv1d(4, 4, 5, stride=2, padding=4)
+    return nn.Sequential(nn.ZeroPad1d((4, 5)), *convs, nn.ReLU()).eval()
+
+
+@merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="border ring")
+def pad_before_two_convolutions_that_is_too_narrow_for_both() -> nn.Module:
+    convs = nn.Conv2d(4, 4, 5, bias=False), nn.Conv2d(4, 4, 3, padding=1)
+    return nn.Sequential(nn.ZeroPad2d((3, 2, 3, 2)), *convs, nn.ReLU()).eval()
 
 
 @merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="would take another layer (pad)")

@@ -48,7 +48,15 @@ from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.sparsity import regroup_by_sparsity
 from rgc.verify import verify
-from rgc.views import carried_axis, inverts, is_permutation, is_reshape, relocated, takes_shape_of_another
+from rgc.views import (
+    carried_axis,
+    carrying_axis,
+    inverts,
+    is_permutation,
+    is_reshape,
+    relocated,
+    takes_shape_of_another,
+)
 
 from rgc import passes  # isort: skip  # the built-in passes use only the public names above
 
@@ -60,8 +68,8 @@ __all__ = [
     "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply", "Normalize", "NotEquivalentError",
     "Opaque", "Operator", "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal",
     "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "TensorType",
-    "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "border", "carried_axis", "compile",
-    "compose", "explain", "graph_pass", "inverts", "is_permutation", "is_reshape", "load", "models", "nn", "passes",
-    "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another", "testing",
-    "unit", "verify",
+    "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "border", "carried_axis", "carrying_axis",
+    "compile", "compose", "explain", "graph_pass", "inverts", "is_permutation", "is_reshape", "load", "models", "nn",
+    "passes", "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another",
+    "testing", "unit", "verify",
 ]  # fmt: skip

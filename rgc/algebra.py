@@ -13,8 +13,9 @@ always agree.
 **Border.** Zero padding is not shift-invariant. Let R be the positions outside the first map's output that the second
 reads. The linear part is exact iff for no r in R a window of the first map at r touches real input. The constant part
 is exact as a bias if what the first map would have at r equals what the second pads with. If not, in this order: at a
-fixed size, a bias map; where the first map is one factor per channel, another pad value; where it reads one element,
-an implicit channel of ones beside the input, which is 1 inside and padded with 0. Refusals name the ring.
+fixed size, a bias map; where the first map is one factor per channel, another pad value; where one tap of it tells
+inside from outside (`rgc.axis.inside_tap`), an implicit channel of ones beside the input, which is 1 inside and padded
+with 0, and for which groups are given up. Refusals name the ring.
 
 Everything is computed in float64: integers stay exact.
 """
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgc.axis import Axis, align_axes, compose_axes, copies, ring
+from rgc.axis import Axis, align_axes, compose_axes, copies, inside_tap, ring
 from rgc.errors import GraphError, Refusal, require
 from rgc.ir import Operator, TensorType
 from rgc.kernels import Kernel, add_kernels, compose_kernels, regroup, transpose_kernel
@@ -366,6 +367,11 @@ class Conv(Linear):
             return convolve(x, self.weight, bias, self.stride, before, self.dilation, self.groups)
         return convolve(pad(x, self), self.weight, bias, self.stride, 0, self.dilation, self.groups)
 
+    def changed(self, **changes: Any) -> Conv:
+        """`dataclasses.replace` that leaves a deferred weight deferred."""
+        fields = {name: getattr(self, name) for name in ("bias", *self.geometry)}
+        return Conv(**{"weight": self.__dict__["weight"], **fields, **changes})
+
     def with_ones(self) -> Conv:
         """The same map with the channel of ones as its last input channel, for whoever puts it there."""
         if self.ones is None:
@@ -523,21 +529,22 @@ def _conv_on(axes: Sequence[Axis], weight: Tensor | Deferred, groups: int, **fie
 def _with_constant_part(linear: Conv, second: Conv, first: Conv, size: Size | None, pinned: bool) -> Conv:
     """``linear`` with what the two make of zeros, as a bias, bias map, pad value or channel of ones; or a refusal."""
     has_maps = any(conv.bias is not None and conv.bias.dim() > 1 for conv in (first, second))
-    transfers = not has_maps and (second.ones is None or first.reads_one_element)
+    tells_inside = _inside(second, first) is not None
+    transfers = not has_maps and (second.ones is None or tells_inside)
     at = size if pinned or first.size or second.size else None
     if transfers and _ring_is_constant(second, first):
-        return _changed(linear, bias=_pushed_bias(second, first), ones=_pushed_ones(second, first), size=at)
-    carries = transfers and first.reads_one_element and second.padding_mode == "zeros"
+        return linear.changed(bias=_pushed_bias(second, first), ones=_pushed_ones(second, first), size=at)
+    carries = transfers and tells_inside
     value = _value_that_becomes(second.pad_value, first) if carries else None
     if value is not None and (size is None or _reads_less_than_it_makes(linear, size)):
         ones = _pushed_ones(second, first)
-        return _changed(linear, bias=_pushed_bias(second, first), pad_value=value, ones=ones, size=at)
+        return linear.changed(bias=_pushed_bias(second, first), pad_value=value, ones=ones, size=at)
     if size is not None:
         at_zero = _response_to_zero(second, first, size)
-        return _changed(linear, bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
-    if carries and linear.groups == 1 and second.pad_value is None:
+        return linear.changed(bias=_without_constant_axes(at_zero[0]), pad_value=None, size=size)
+    if carries and second.pad_value is None and linear.pad_value is None:
         ones = _pushed_ones(second, first, with_bias=True)
-        return _changed(linear, bias=None if second.bias is None else second.bias.double(), ones=ones)
+        return _dense(linear).changed(bias=None if second.bias is None else second.bias.double(), ones=ones)
     raise Refusal(
         f"{second.label} reads a ring around the output of {first.label} as "
         f"{'zeros' if second.pad_value is None else 'its pad value'}, not as its bias: "
@@ -569,7 +576,7 @@ def _ring_is_constant(second: Conv, first: Conv) -> bool:
 
 def _value_that_becomes(wanted: Tensor | None, first: Conv) -> Tensor | None:
     """The pad value v with s v + b = ``wanted`` (zeros for None) where ``first`` is one factor s per channel."""
-    if not first.groups == first.in_channels == first.out_channels or first.ones is not None:
+    if not first.groups == first.in_channels == first.out_channels or not first.reads_one_element:
         return None
     factor = first.weight.double().reshape(-1)
     bias = torch.zeros_like(factor) if first.bias is None else first.bias.double()
@@ -590,17 +597,46 @@ def _pushed_bias(second: Conv, first: Conv) -> Tensor | None:
 
 def _pushed_ones(second: Conv, first: Conv, *, with_bias: bool = False) -> Tensor | None:
     """The channel of ones of the composition; ``with_bias`` carries the bias of ``first`` there as well."""
+    inside = _inside(second, first)
     entering = None if first.ones is None else first.ones.double()
     if with_bias and first.bias is not None:
-        bias = first.bias.double().reshape(-1, *[1] * first.spatial)
+        assert inside is not None  # who asks for the bias has asked for this before
+        bias = first.bias.double().reshape(-1, *[1] * first.spatial) * inside
         entering = bias if entering is None else entering + bias
-    leaving = None if second.ones is None else second.ones.double()
-    if entering is None:
-        return leaving
     composed = [compose_axes(outer, inner) for outer, inner in zip(second.axes, first.axes, strict=True)]
     steps = [each.inner for each in composed], [each.outer for each in composed]
+    leaving = None
+    if second.ones is not None:
+        assert inside is not None
+        leaving = compose_kernels(_ones_of(second), Kernel(inside[None, None]), *steps).weight.squeeze(1)
+    if entering is None:
+        return leaving
     pushed = compose_kernels(second.kernels, Kernel(entering.unsqueeze(1)), *steps).weight.squeeze(1)
     return pushed if leaving is None else pushed + leaving
+
+
+def _inside(second: Conv, first: Conv) -> Tensor | None:
+    """The kernel [*kernel of the first], one tap of which is 1, that makes of ones on the input, padded with 0, ones on
+    the output of ``first`` and 0 wherever else ``second`` reads, at every size; None if there is none.
+
+    Both are products over the axes, so it is enough that one tap does so on each axis by itself.
+    """
+    if any(conv.is_padded and conv.padding_mode != "zeros" for conv in (second, first)):
+        return None
+    taps = [inside_tap(outer, inner) for outer, inner in zip(second.axes, first.axes, strict=True)]
+    if None in taps:
+        return None
+    kernel = torch.zeros(first.kernel, dtype=torch.float64)
+    kernel[tuple(tap for tap in taps if tap is not None)] = 1
+    return kernel
+
+
+def _dense(conv: Conv) -> Conv:
+    """The same convolution with one group; the weight stays deferred."""
+    if conv.groups == 1:
+        return conv
+    shape = (conv.out_channels, conv.in_channels, *conv.kernel)
+    return conv.changed(weight=Deferred(shape, lambda: regroup(conv.kernels, 1).weight), groups=1)
 
 
 def _response_to_zero(second: Conv, first: Conv, size: Size) -> Tensor:
@@ -766,9 +802,9 @@ def _as_convs(second: Linear, first: Linear, parallel: bool = False) -> tuple[Co
 def _settled(conv: Conv) -> Conv:
     """The same map; ones that no window leaves are a bias. The laws account for every field, so all count as read."""
     if conv.ones is None or conv.is_padded or conv.transposed:
-        return _changed(conv)
+        return conv.changed()
     total = conv.ones.double().reshape(conv.out_channels, -1).sum(-1)
-    return _changed(conv, bias=_sum_of_biases(conv.bias, total), ones=None)
+    return conv.changed(bias=_sum_of_biases(conv.bias, total), ones=None)
 
 
 def _same_axes(a: Scale, b: Scale) -> bool:
@@ -798,12 +834,6 @@ def _without_constant_axes(bias_map: Tensor) -> Tensor:
     """A bias map that is the same everywhere is an ordinary bias."""
     flat = bias_map.reshape(bias_map.shape[0], -1)
     return flat[:, 0].contiguous() if bool((flat == flat[:, :1]).all()) else bias_map
-
-
-def _changed(conv: Conv, **changes: Any) -> Conv:
-    """`dataclasses.replace` that leaves a deferred weight deferred."""
-    fields = {name: getattr(conv, name) for name in ("bias", *conv.geometry)}
-    return Conv(**{"weight": conv.__dict__["weight"], **fields, **changes})
 
 
 def _per_axis(name: str, value: Any, rank: int) -> Size:

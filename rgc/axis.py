@@ -133,6 +133,38 @@ def ring(second: Axis, first: Axis, n: int | None) -> Ring:
     return Ring("leading" if left else "trailing" if right else "", bool(touching))
 
 
+def inside_tap(second: Axis, first: Axis) -> int | None:
+    """The tap of ``first`` that reads input at each of its outputs, and beside them, where ``second`` reads, none.
+
+    At position r tap j reads element r s1 + o, with o = j d1 - p1. Of n elements there are m outputs, and (m - 1) s1 is
+    the largest multiple of s1 up to n + reach. So for every n
+
+    - inside, 0 <= r < m: o >= 0, and (m - 1) s1 + o < n: reach + o < 0;
+    - in front, where the nearest position read is -g: o < g s1 (asked only if ``second`` pads there);
+    - behind, r >= m: m s1 + o >= n, where m s1 > n + reach: reach + o >= -1 (the same).
+
+    >>> inside_tap(Axis(3, 1, 1, 1, 1), Axis(3, 1, 1, 1, 1)), inside_tap(Axis(3, 1, 1, 1, 1), Axis(3, 1, 1, 0, 0))
+    (1, None)
+    >>> inside_tap(Axis(3, 1, 1, 0, 0), Axis(3, 1, 1, 0, 0))
+    0
+    """
+    nearest = _nearest_in_front(second)
+    for tap in range(first.kernel):
+        offset = tap * first.dilation - first.before
+        inside = offset >= 0 and first.reach + offset < 0
+        in_front = nearest is None or offset < nearest * first.stride
+        behind = second.after <= 0 or first.reach + offset >= -1
+        if inside and in_front and behind:
+            return tap
+    return None
+
+
+def _nearest_in_front(axis: Axis) -> int | None:
+    """How far in front of the input lies the nearest position that is read? None if none is."""
+    starts = (j * axis.dilation - axis.before for j in range(axis.kernel))
+    return min((-start % axis.stride or axis.stride for start in starts if start < 0), default=None)
+
+
 @dataclass(frozen=True)
 class Copies:
     """Padding by copies of elements, in one step against two."""

@@ -6,9 +6,10 @@ import contextlib
 import os
 import sys
 import threading
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -163,7 +164,7 @@ def print_pass(out: Console, shown: Pass) -> None:
         return
     _print_heading(out, "\nmatches")
     for case in shown.cases:
-        holes = ", ".join(f"{name}: {getattr(kind, '__name__', kind)}" for name, (kind, _) in case.holes.items())
+        holes = ", ".join(f"{name}: {_names_of(kind)}" for name, (kind, _) in case.holes.items())
         out.print(Text(f"  {pattern_text(case.pattern)}   with {holes}"))
     fires, leaves = ([e for e in shown.examples if e.fires is wanted] for wanted in (True, False))
     for heading, examples in (("fires on", fires), ("leaves alone", leaves)):
@@ -171,6 +172,12 @@ def print_pass(out: Console, shown: Pass) -> None:
             _print_heading(out, f"\n{heading}")
             columns = ("example", "input", *([] if heading == "fires on" else ["because"]))
             _print_table(out, columns, (_example_row(example) for example in examples))
+
+
+def _names_of(kind: Any) -> str:
+    """A class, or the classes of a union, without their modules."""
+    members = typing.get_args(kind) or (kind,)
+    return " | ".join(getattr(each, "__name__", str(each)) for each in members)
 
 
 def reflowed(text: str) -> str:

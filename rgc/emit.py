@@ -585,7 +585,7 @@ _HAVE_INPLACE = frozenset({
     "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh",
 })  # fmt: skip
 _BOOKKEEPING = frozenset({
-    "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "contiguous",
+    "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "unflatten", "contiguous",
     "sym_size.int", "len", "ge", "OrderedDict",
 })  # fmt: skip
 

@@ -30,6 +30,7 @@ from rgc.operators import (
     Upsample,
     completes,
 )
+from rgc.views import carrying_axis
 
 
 class Lifting(Protocol):
@@ -373,7 +374,8 @@ def _concat(lifter: Lifting, tensors: Any, dim: int = 0, axis: int | None = None
 def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | None:
     """``x.view(x.size(0), ...)`` keeps the batch axis whatever its size: a flatten, or a reshape of the rest.
 
-    ``x.reshape(x.size(0), x.size(1), -1)`` keeps both axes and flattens what is behind them.
+    ``x.reshape(x.size(0), x.size(1), -1)`` keeps both axes and flattens what is behind them. [N, C, L] as
+    ``x.reshape(x.size(0), C, h, w)`` splits the last axis alone.
     """
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
     if options or not isinstance(x, Value) or not sizes or not isinstance(sizes[0], Value):
@@ -382,6 +384,8 @@ def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | No
     kept = next(
         (axis for axis, n in enumerate(sizes) if axis >= rank or not _is_length(lifter, n, x, axis)), len(sizes)
     )
+    if 0 < kept == rank - 1 and len(sizes) > rank and any(isinstance(n, Value) for n in sizes[kept:]):
+        return _split_last(lifter, x, sizes[kept:])
     if kept == 0 or any(isinstance(n, Value) for n in sizes[kept:]):
         return None
     if sizes[kept:] == (-1,) and kept < len(lifter.shape(x)):
@@ -389,6 +393,13 @@ def _reshape(lifter: Lifting, x: Any, *shape: Any, **options: Any) -> Value | No
     if kept > 1 or -1 in sizes:
         return None
     return lifter.emit(Structural(torch.reshape, (Slot(0), (-1, *sizes[1:]))), x)
+
+
+def _split_last(lifter: Lifting, x: Value, sizes: tuple[Any, ...]) -> Value:
+    """The last axis as several, some of whose lengths are values."""
+    measured = [n for n in sizes if isinstance(n, Value)]
+    parts = tuple(Slot(1 + measured.index(n)) if isinstance(n, Value) else n for n in sizes)
+    return lifter.emit(Structural(torch.unflatten, (Slot(0), -1, parts)), x, *measured)
 
 
 def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
@@ -400,8 +411,15 @@ def _is_length(lifter: Lifting, size: Any, x: Value, axis: int) -> bool:
 
 def _is_channel_axis(x: Value, axis: int, rank: int) -> bool:
     """Does a layer with a number of channels of its own say how long this axis is, at every size?"""
-    layers = (each.op for each in _of_one_shape(x) if isinstance(each.op, Linear))
-    return any(op.channels is not None and op.spatial == rank - axis - 1 for op in layers)
+    for each in _of_one_shape(x):
+        if isinstance(each.op, Linear) and each.op.channels is not None and each.op.spatial == rank - axis - 1:
+            return True
+        x = each
+    if not isinstance(x.op, Structural) or not x.inputs or x.inputs[0].type is None:
+        return False
+    before = x.inputs[0]
+    found = carrying_axis(x.op, before.tensor_type, axis)  # a view that leaves the axis whole
+    return found is not None and _is_channel_axis(before, found, len(before.tensor_type.shape))
 
 
 def measures(size: Value, x: Value, axis: int) -> bool:
@@ -419,7 +437,9 @@ def measures(size: Value, x: Value, axis: int) -> bool:
         measured = measured.inputs[0]
     elif args[1:] != (axis,) or _name(size) not in {"size", "sym_size"}:
         return False
-    return shape_source(measured) in _of_one_shape(x) or (axis == 0 and isinstance(measured.op, Input))
+    return shape_source(measured) in _of_one_shape(x) or (
+        axis == 0 and isinstance(_of_one_shape(measured)[-1].op, Input)
+    )
 
 
 def _name(value: Value) -> str:

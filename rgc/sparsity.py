@@ -71,7 +71,7 @@ def on_one_grid(parts: Sequence[Conv]) -> list[Conv]:
         padding = tuple((b, a - e + n) for (b, a), e, n in zip(part.padding, own, least, strict=True))
         crops = any(amount < 0 for sides in padding for amount in sides)
         same = padding == part.padding or (crops and part.padding_mode != "zeros")
-        made.append(part if same else _replaced(part, padding=padding))
+        made.append(part if same else part.changed(padding=padding))
     return made
 
 
@@ -127,15 +127,9 @@ def _embedded(part: Conv, a: int, c: int, width: int, outputs: int, groups: int,
         bias[c : c + part.out_channels] = part.bias.double()
     made = Deferred((outputs, width, *part.kernel), weight)
     mode = part.padding_mode if part.is_padded else "zeros"
-    return _replaced(
-        part, weight=made, bias=bias, groups=groups, padding_mode=mode, pad_value=value if part.is_padded else None
+    return part.changed(
+        weight=made, bias=bias, groups=groups, padding_mode=mode, pad_value=value if part.is_padded else None
     )
-
-
-def _replaced(conv: Conv, **changes: object) -> Conv:
-    """`dataclasses.replace` that leaves a deferred weight deferred."""
-    fields = {name: getattr(conv, name) for name in ("bias", *conv.geometry)}
-    return Conv(**{"weight": conv.__dict__["weight"], **fields, **changes})
 
 
 def _divisors(n: int) -> list[int]:

@@ -30,6 +30,11 @@ def carried_axis(call: Structural | ChannelMean, given: TensorType, axis: int) -
     return place
 
 
+def carrying_axis(call: Structural | ChannelMean, given: TensorType, axis: int) -> int | None:
+    """The axis of the tensor of the type ``given`` that ``call`` puts on ``axis``; None where it is not known."""
+    return next((source for source in range(len(given.shape)) if _place(call, given, source) == axis), None)
+
+
 def relocated(op: Linear, spatial: int) -> Linear:
     """The same map where the channels are followed by ``spatial`` axes; it must read one position at a time."""
     plain = op.as_linear()

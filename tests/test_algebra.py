@@ -698,18 +698,56 @@ def test_a_biased_depthwise_layer_before_a_padded_depthwise_one_pads_with_what_b
     assert_exact_everywhere(second, first)
 
 
-def test_a_biased_pointwise_layer_of_groups_before_a_padded_one_needs_a_map() -> None:
+def test_a_biased_pointwise_layer_of_groups_before_a_padded_one_gives_up_its_groups_or_needs_a_map() -> None:
     first = Conv(integers(1, 4, 2, 1, 1), integers(2, 4), groups=2)
     second = Conv(integers(3, 4, 1, 3, 3), padding=1, groups=4)
-    with pytest.raises(Refusal, match="reads a ring .* as zeros, not as its bias: exact only with a bias map"):
-        compose(second, first)
+    merged = compose(second, first)
+    assert isinstance(merged, Conv) and merged.ones is not None and merged.groups == 1
+    for size in SIZES[2]:
+        assert_equal_in_two_steps(merged, second, first, 4, size)
     assert_equal_in_two_steps(compose(second, first, (5, 4)), second, first, 4, (5, 4))
 
 
-def test_a_factor_of_zero_cannot_make_up_for_a_bias() -> None:
+def test_a_factor_of_zero_cannot_make_up_for_a_bias_but_ones_can() -> None:
     first = Conv(torch.zeros(2, 1, 1, 1).double(), ones(2), groups=2)
-    with pytest.raises(Refusal, match="exact only with a bias map"):
-        compose(Conv(integers(3, 2, 1, 3, 3), padding=1, groups=2), first)
+    second = Conv(integers(3, 2, 1, 3, 3), padding=1, groups=2)
+    merged = second @ first
+    assert isinstance(merged, Conv) and merged.pad_value is None and merged.ones is not None
+    assert_exact_everywhere(second, first)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_biased_band_before_the_band_across_it_is_one_with_ones(kernel: int, stride: int, groups: int) -> None:
+    """1xk then kx1: where the second pads, the first reads one element; where the first pads, its middle is inside."""
+    half = kernel // 2
+    first = Conv(
+        integers(1, 2, 2 // groups, 1, kernel), integers(2, 2, low=1), (1, stride), ((0, 0), (half, half)),
+        groups=groups,
+    )  # fmt: skip
+    second = Conv(integers(3, 2, 2 // groups, kernel, 1), integers(4, 2), padding=((half, half), (0, 0)), groups=groups)
+    merged = second @ first
+    assert isinstance(merged, Conv) and merged.ones is not None and merged.groups == 1
+    assert_exact_everywhere(second, first)
+    again = replace(second, weight=integers(5, 2, 2, kernel, 1), groups=1, ones=integers(6, 2, kernel, 1))
+    assert_exact_everywhere(again, first)  # a channel of ones of the second is 1 just there as well
+
+
+def test_a_band_whose_outputs_reach_beyond_its_input_needs_a_map() -> None:
+    first = Conv(integers(1, 2, 2, 1, 3), integers(2, 2, low=1), padding=((0, 0), (2, 2)))
+    second = Conv(integers(3, 2, 2, 3, 1), padding=((1, 1), (0, 0)))
+    with pytest.raises(Refusal, match="reads a ring .* as zeros, not as its bias: exact only with a bias map"):
+        compose(second, first)
+    assert_equal_in_two_steps(compose(second, first, (4, 3)), second, first, 2, (4, 3))
+
+
+def test_a_band_that_pads_by_copies_or_a_constant_takes_no_ones() -> None:
+    second = Conv(integers(3, 2, 2, 3, 1), padding=((1, 1), (0, 0)))
+    for options in ({"padding_mode": "reflect"}, {"pad_value": 3 * ones(2)}):
+        first = Conv(integers(1, 2, 2, 1, 3), integers(2, 2, low=1), padding=((0, 0), (1, 1)), **options)
+        with pytest.raises(Refusal, match="bias map|pads by reflect"):
+            compose(second, first)
 
 
 def test_a_crop_before_a_kernel_is_a_crop_of_its_padding() -> None:

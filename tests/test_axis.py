@@ -10,7 +10,7 @@ import pytest
 import sympy as sp
 
 from rgc.algebra import Conv
-from rgc.axis import Axis, align_axes, compose_axes, ring
+from rgc.axis import Axis, align_axes, compose_axes, inside_tap, ring
 
 # A number below another is written with its slack: 0 <= r < s becomes s = r + 1 + slack, slack >= 0. What sympy then
 # derives from the signs of the symbols holds for every number.
@@ -209,3 +209,36 @@ def test_the_compiler_looks_at_the_nearest_position_that_is_read(second: tuple[i
         first = Axis(kernel1, stride1, dilation1, before, 9)
         reaches = nearest is not None and dilation1 * (kernel1 - 1) >= nearest * stride1 + before
         assert (ring(outer, first, None).touched == "leading") == reaches
+
+
+# --- inside and outside ------------------------------------------------------------------------------------------
+
+
+def test_the_tap_that_tells_inside_from_outside_does_so_at_every_size() -> None:
+    """Every pair of small windows, at sizes beyond all of them: counted, not derived."""
+    found = 0
+    ranges = [(1, 2, 3), (1, 2, 3), (1, 2), (-1, 0, 1, 2), (-1, 0, 1), (1, 3), (1, 2), (-1, 0, 1), (0, 1)]
+    for kernel1, stride1, dilation1, pad1, behind1, kernel2, stride2, pad2, behind2 in itertools.product(*ranges):
+        first = Axis(kernel1, stride1, dilation1, pad1, behind1)
+        second = Axis(kernel2, stride2, 1, pad2, behind2)
+        tap = inside_tap(second, first)
+        if tap is not None:
+            found += 1
+            assert all(_tells_inside(second, first, tap, n) for n in range(1, 14)), (second, first, tap)
+        elif stride1 == stride2 == 1 and pad2 >= 0:  # what a second that crops does not read is not asked for
+            for other in range(kernel1):
+                assert not all(_tells_inside(second, first, other, n) for n in range(1, 14)), (second, first, other)
+    assert found > 500
+
+
+def _tells_inside(second: Axis, first: Axis, tap: int, n: int) -> bool:
+    inside = first.output_size(n)
+    if inside < 1:
+        return True
+    read = {
+        output * second.stride + j * second.dilation - second.before
+        for output in range(second.output_size(inside))
+        for j in range(second.kernel)
+    }
+    elements = {position: position * first.stride + tap * first.dilation - first.before for position in read}
+    return all((0 <= position < inside) == (0 <= elements[position] < n) for position in read)

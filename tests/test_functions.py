@@ -292,3 +292,30 @@ def test_a_reshape_by_other_lengths_is_none(reshaped: Callable[[Tensor], Tensor]
     assert "flatten" not in _labels(reshaped, 3, 3, 3, 3)
     x = torch.randn(2, 3, 6, 4)
     assert torch.equal(rgc.compile(_Calls(reshaped).eval(), torch.randn(3, 3, 3, 3))(x), reshaped(x))
+
+
+@pytest.mark.parametrize("leading", [lambda x: x.shape[0], lambda x: torch.relu(x).shape[0]])
+def test_a_reshape_of_tokens_to_an_image_splits_the_last_axis_alone(leading: Callable[[Tensor], Any]) -> None:
+    linear = nn.Linear(3, 6).eval().requires_grad_(False)
+
+    def image(x: Tensor) -> Tensor:
+        y: Tensor = linear(x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return y.reshape(leading(x), 6, x.shape[2], x.shape[3])
+
+    assert "unflatten" in _labels(image, 2, 3, 4, 5)
+    compiled = rgc.compile(_Calls(image).eval(), torch.randn(2, 3, 4, 5))
+    x = torch.randn(3, 3, 5, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), image(x))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        lambda x: x.flatten(2).reshape(x.shape[0], x.shape[2], 3, x.shape[3]),
+        lambda x: x.flatten(2).transpose(1, 2).reshape(x.shape[0], 9, x.shape[1], 1),
+        lambda x: x.reshape(x.shape[0], 9, x.shape[3]),
+    ],
+)
+def test_a_reshape_that_splits_other_axes_is_what_it_was(image: Callable[[Tensor], Tensor]) -> None:
+    assert "unflatten" not in _labels(image, 3, 3, 3, 3)

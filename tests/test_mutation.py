@@ -18,9 +18,13 @@ from rgc import (
     BatchNorm,
     Conv,
     Interval,
+    Pad,
+    PixelUnshuffle,
     Scale,
+    Subsample,
     Value,
     algebra,
+    contractions,
     emit,
     engine,
     functions,
@@ -29,12 +33,17 @@ from rgc import (
     modules,
     operators,
     ranges,
+    rearrange,
     region,
     rewrite,
+    sparsity,
+    views,
 )
 from rgc.axis import Axis
 from rgc.kernels import Kernel
-from rgc.operators import AvgPool
+from rgc.operators import AvgPool, Normalize
+from rgc.rearrange import BorderFill
+from rgc.region import PartialJoin
 from rgc.rewrite import Case, Match
 from rgc.testing import randomize
 
@@ -534,13 +543,200 @@ def corners_not_lifted(p: Planter) -> None:
     )
 
 
-class MeanOfChannels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(1, 2, 1)
+class Then(nn.Module):
+    """Modules by name, and a function that says what becomes of the input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.second(self.first(x).mean((1, 2), keepdim=True)))
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self.call = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(x, **self.parts)
+
+
+def then(forward: Callable[..., Any], **parts: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: copy.deepcopy(Then(forward, **parts))
+
+
+def with_padding(change: Callable[[Any], Any]) -> Callable[[Planter], None]:
+    """A fault in the sides of a pad or crop that becomes a convolution."""
+
+    def faulty(original: Any, pad: Pad, channels: int, spatial: int) -> Conv:
+        return original(replace(pad, padding=tuple(map(change, pad.padding))), channels, spatial)  # type: ignore[no-any-return]
+
+    return lambda p: p.replace(Pad, "as_conv", faulty)
+
+
+def selection_off_by_one(p: Planter) -> None:
+    def faulty(original: Any, index: tuple[int, ...], channels: int, spatial: int) -> Conv:
+        return original(tuple((each + 1) % channels for each in index), channels, spatial)  # type: ignore[no-any-return]
+
+    p.replace(rearrange, "selecting", faulty)
+
+
+def offset_of_a_subsampling_dropped(p: Planter) -> None:
+    def faulty(original: Any, op: Subsample, channels: int, spatial: int) -> Conv:
+        return original(replace(op, crop=tuple((0, 0) for _ in op.crop)), channels, spatial)  # type: ignore[no-any-return]
+
+    p.replace(Subsample, "as_conv", faulty)
+
+
+def places_of_a_block_reversed(p: Planter) -> None:
+    def faulty(original: Any, op: PixelUnshuffle, channels: int, spatial: int) -> Conv:
+        right: Conv = original(op, channels, spatial)
+        return right.changed(weight=right.weight.flip(2, 3))
+
+    p.replace(PixelUnshuffle, "as_conv", faulty)
+
+
+def channels_in_another_order_before_a_pixel_shuffle(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.exchange_pixel_shuffle")
+
+    def faulty(original: Any, pointwise: Conv, blocks: int) -> Conv:
+        right: Conv = original(pointwise, blocks)
+        out, columns = right.out_channels, right.in_channels
+        weight = right.weight.reshape(out // blocks, blocks, -1, 1, 1).transpose(0, 1)  # places first, then channels
+        assert right.groups == 1
+        return right.changed(weight=weight.reshape(out, columns, 1, 1))
+
+    p.replace(module, "_before", faulty)
+
+
+def axes_of_a_transposition_taken_to_stay(p: Planter) -> None:
+    p.replace_item(views._FOLLOW, "transpose", lambda original, given, axis, *dims: axis)
+
+
+def weights_of_the_first_norm_for_all(p: Planter) -> None:
+    seen: list[Scale | None] = []
+
+    def faulty(original: Any, emitter: Any, value: Value, op: Normalize, affine: Scale | None, x: Any) -> Any:
+        seen.append(affine)
+        return original(emitter, value, op, seen[0], x)
+
+    p.replace(emit._Emitter, "_normalization", faulty)
+
+
+def one_reader_forgotten(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.distribute_scale")
+    p.replace(module, "_merged_readers", lambda original, graph, value: original(graph, value)[:-1])
+
+
+def layer_before_the_views_reversed(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.distribute_scale")
+
+    def faulty(original: Any, graph: Any, value: Value) -> Any:
+        before = original(graph, value)
+        return before and (before[0], before[1].changed(weight=before[1].weight.flip(0)))
+
+    p.replace(module, "_layer_before", faulty)
+
+
+def rest_of_a_sum(change: Callable[[Any], Any]) -> Callable[[Planter], None]:
+    """A fault in the addends that a partial join leaves as they are."""
+
+    def faulty(original: Any, partial: PartialJoin, value: Value) -> Value:
+        return original(replace(partial, rest=change(partial.rest)), value)  # type: ignore[no-any-return]
+
+    return lambda p: p.replace(PartialJoin, "embed", faulty)
+
+
+def weight_dropped_where_groups_are_found(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.merge_branches")
+
+    def faulty(original: Any, conv: Conv) -> Conv:
+        weight = conv.weight.clone()
+        weight[tuple(weight.nonzero()[0])] = 0
+        return original(conv.changed(weight=weight))  # type: ignore[no-any-return]
+
+    p.replace(module, "regroup_by_sparsity", faulty)
+
+
+def diagonal_blocks_in_another_order(p: Planter) -> None:
+    def faulty(original: Any, conv: Conv, groups: int) -> Conv:
+        right: Conv = original(conv, groups)
+        return right.changed(weight=right.weight.flip(0))
+
+    p.replace(sparsity, "_diagonal_blocks", faulty)
+
+
+def one_side_of_a_border_forgotten(p: Planter) -> None:
+    def faulty(original: Any, x: Value, first: BorderFill, second: BorderFill) -> Value:
+        value = original(x, first, second)
+        fill = value.op
+        widths = ((0, fill.widths[0][1]), *fill.widths[1:])
+        return replace(fill, widths=widths)(x)
+
+    p.replace_result("fold_border", 1, faulty)
+
+
+def border_not_filled_on_emission(p: Planter) -> None:
+    p.replace(
+        emit._Emitter,
+        "_assigned",
+        lambda original, emitter, value, op, y: original(
+            emitter, value, replace(op, widths=((0, 0), *op.widths[1:])), y
+        ),
+    )
+
+
+def constants_in_both_branches(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.distribute_over_branches")
+    p.replace(module, "_without_constants", lambda original, layer: layer)
+
+
+def slices_of_a_norm_shifted(p: Planter) -> None:
+    module = importlib.import_module("rgc.passes.distribute_over_branches")
+
+    def faulty(original: Any, layer: Any, channels: Any) -> Any:
+        linear = layer.as_linear()
+        return original(Scale(linear.scale.roll(1), linear.shift, linear.axes), channels)
+
+    p.replace(module, "_parts", faulty)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Constants over the outermost rows and columns, side by side."""
+    y = torch.relu(x) * torch.sigmoid(x)
+    y[:, :, :1] = 0.5
+    y[:, :, -1:] = 0.5
+    y[:, :, :, :2] = 0.5
+    return torch.tanh(y)
+
+
+def partial_sum(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    y = torch.relu(x)
+    return torch.sigmoid(a(y) - torch.tanh(x) + b(y) + torch.sigmoid(x))
+
+
+def parts(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    y = torch.relu(x)
+    return torch.tanh(torch.cat([a(y[:, :1]), b(y[:, 1:])], 1))
+
+
+def two_readers(x: Tensor, bn: nn.Module, a: nn.Module, b: nn.Module) -> Tensor:
+    y = bn(torch.relu(x))
+    return torch.tanh(a(y)) * torch.sigmoid(b(y))
+
+
+def of_two_inputs(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def forward(x: Tensor, a: nn.Module, b: nn.Module, last: nn.Module) -> Tensor:
+        return torch.relu(last(combine(a(x), b(torch.sigmoid(x)))))
+
+    return forward
+
+
+def tokens_and_back(x: Tensor, linear: nn.Module, bn: nn.Module) -> Tensor:
+    tokens = torch.softmax(x.flatten(2).transpose(1, 2), 1)
+    return x + bn(linear(tokens).transpose(1, 2).reshape(x.shape[0], 4, *x.shape[2:]))
+
+
+def product(x: Tensor, linear: nn.Module, matrix: nn.Linear) -> Tensor:
+    return torch.relu(linear(x) @ matrix.weight)
+
+
+def mean_of_channels_and_rows(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    return torch.relu(second(first(x).mean((1, 2), keepdim=True)))
 
 
 def always(result: Any) -> Faulty:
@@ -759,13 +955,18 @@ MUTANTS = [
         "constants kept by every pooling",
         constants_kept_by_every_pooling,
         chain(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AvgPool2d(3, 2, 1), nn.ReLU()),
+        passes="exchange_resampling",  # all passes make one convolution of the two
     ),
     Mutant(
         "several positions taken for one",
         several_positions_taken_for_one,
         chain(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.BatchNorm1d(288)),
     ),
-    Mutant("every axis taken for a position", every_axis_taken_for_a_position, MeanOfChannels),
+    Mutant(
+        "every axis taken for a position",
+        every_axis_taken_for_a_position,
+        then(mean_of_channels_and_rows, first=nn.Conv2d(4, 4, 1), second=nn.Conv2d(1, 2, 1)),
+    ),
     # lift
     Mutant(
         "corners not lifted",
@@ -846,6 +1047,100 @@ MUTANTS = [
         "values overwritten that others read",
         lambda p: p.replace(emit._Emitter, "_may_overwrite", always(True)),
         OverwrittenTwin,
+    ),
+    # rearrangements
+    Mutant(
+        "selection of channels off by one",
+        selection_off_by_one,
+        then(lambda x, conv: torch.relu(conv(x)[:, 1:5]), conv=nn.Conv2d(4, 8, 3)),
+    ),
+    Mutant(
+        "sides of a pad swapped",
+        with_padding(lambda sides: sides[::-1]),
+        chain(nn.Conv2d(4, 8, 1, bias=False), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 4, 3, stride=2)),
+    ),
+    Mutant(
+        "sign of a crop ignored",
+        with_padding(lambda sides: tuple(-amount for amount in sides)),
+        chain(nn.Conv2d(4, 8, 1, bias=False), nn.ZeroPad2d((-1, 1, -1, 1)), nn.Conv2d(8, 4, 1)),
+    ),
+    Mutant(
+        "offset of a subsampling dropped",
+        offset_of_a_subsampling_dropped,
+        then(lambda x, conv: torch.relu(conv(x)[:, :, :, 1::2]), conv=nn.Conv2d(4, 4, 1)),
+    ),
+    Mutant(
+        "places of a block reversed",
+        places_of_a_block_reversed,
+        chain(nn.ReLU(), nn.PixelUnshuffle(2), nn.Conv2d(16, 4, 3, padding=1)),
+        (2, 4, 8, 6),
+    ),
+    Mutant(
+        "channels in another order before a pixel shuffle",
+        channels_in_another_order_before_a_pixel_shuffle,
+        chain(nn.Conv2d(4, 16, 3), nn.PixelShuffle(2), nn.Conv2d(4, 4, 1), nn.ReLU()),
+    ),
+    Mutant("one side of a border forgotten", one_side_of_a_border_forgotten, then(rows)),
+    Mutant("border not filled on emission", border_not_filled_on_emission, then(rows)),
+    # views and products
+    Mutant(
+        "axes of a transposition taken to stay",
+        axes_of_a_transposition_taken_to_stay,
+        then(lambda x, a, b: b(a(x).transpose(1, 2)), a=nn.Linear(6, 6), b=nn.Linear(6, 6)),
+        (2, 6, 6),
+    ),
+    Mutant(
+        "transposed matrix of a product",
+        lambda p: p.replace(contractions, "_from_the_right", lambda original, lifter, x, w: original(lifter, x, w.T)),
+        then(product, linear=nn.Linear(4, 4), matrix=nn.Linear(4, 4)),
+        (2, 5, 4),
+    ),
+    # norms and scales
+    Mutant(
+        "weights of the first norm for all",
+        weights_of_the_first_norm_for_all,
+        chain(nn.LayerNorm(8), nn.ReLU(), nn.LayerNorm(8), nn.Sigmoid()),
+    ),
+    Mutant(
+        "one reader of a scale forgotten",
+        one_reader_forgotten,
+        then(two_readers, bn=nn.BatchNorm2d(4), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3)),
+    ),
+    Mutant(
+        "layer before the views reversed",
+        layer_before_the_views_reversed,
+        then(tokens_and_back, linear=nn.Linear(4, 4), bn=nn.BatchNorm2d(4)),
+    ),
+    # regions and branches
+    Mutant(
+        "sign of a remaining addend ignored",
+        rest_of_a_sum(lambda rest: tuple((value, 1) for value, _ in rest)),
+        then(partial_sum, a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1)),
+    ),
+    Mutant(
+        "remaining addend dropped",
+        rest_of_a_sum(lambda rest: rest[1:]),
+        then(partial_sum, a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1)),
+    ),
+    Mutant(
+        "weight dropped where groups are found",
+        weight_dropped_where_groups_are_found,
+        then(parts, a=nn.Conv2d(1, 1, 3, padding=1), b=nn.Conv2d(3, 3, 3, padding=1)),
+    ),
+    Mutant(
+        "constants in both branches of a sum",
+        constants_in_both_branches,
+        then(of_two_inputs(torch.add), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3), last=nn.Conv2d(4, 4, 1)),
+    ),
+    Mutant(
+        "slices of a norm shifted",
+        slices_of_a_norm_shifted,
+        then(of_two_inputs(concatenate), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(4, 2, 3), last=nn.BatchNorm2d(8)),
+    ),
+    Mutant(
+        "ones taken from the first tap of a band",
+        lambda p: p.replace(algebra, "inside_tap", always(0)),
+        chain(nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), nn.Conv2d(4, 4, (3, 1), padding=(1, 0))),
     ),
     # engine
     Mutant(

@@ -13,7 +13,15 @@ from rgc.algebra import Conv, Linear, Scale
 from rgc.errors import Refusal
 from rgc.ir import TensorType
 from rgc.operators import AvgPool, BatchNorm, ChannelMean, Identity, Opaque, Slot, Structural
-from rgc.views import carried_axis, inverts, is_permutation, is_reshape, relocated, takes_shape_of_another
+from rgc.views import (
+    carried_axis,
+    carrying_axis,
+    inverts,
+    is_permutation,
+    is_reshape,
+    relocated,
+    takes_shape_of_another,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -175,3 +183,10 @@ def test_the_kinds_of_views_are_told_apart() -> None:
     assert takes_shape_of_another(Opaque("reshape_as", (Slot(0), Slot(1))))
     assert not takes_shape_of_another(Opaque("reshape_as", (Slot(1), Slot(0))))
     assert not takes_shape_of_another(Opaque("reshape", (Slot(0), Slot(1))))
+
+
+def test_an_axis_is_found_where_the_call_has_it_from() -> None:
+    given = TensorType((2, 3, 4, 5), torch.float32)
+    call = Structural("permute", (Slot(0), 0, 2, 3, 1))
+    assert [carrying_axis(call, given, axis) for axis in range(4)] == [0, 2, 3, 1]
+    assert carrying_axis(Structural("flatten", (Slot(0), 1)), given, 1) is None

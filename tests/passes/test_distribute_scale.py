@@ -119,3 +119,61 @@ def test_pooling_that_changes_a_constant(options: dict[str, Any], calls: Any, co
     report = compiled(model, 2, 6, 8, 8)
     assert report.ops_after["BatchNorm2d"] == 1
     assert "changes a constant" in reasons(report, "distribute_scale")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_scale_behind_tokens_that_become_an_image_goes_into_the_linear_layer(
+    norm: bool, calls: Any, compiled: Any
+) -> None:
+    """As behind an attention over tokens: [N, L, C] -> [N, C, L] -> [N, C, H, W] * gamma."""
+
+    def mixed(x: Tensor, linear: nn.Module, scale: nn.Module) -> Tensor:
+        batch, _, height, width = x.shape
+        tokens = torch.relu(x).flatten(2).transpose(1, 2)
+        mixed = linear(torch.softmax(tokens, 1))
+        image = mixed.transpose(-2, -1).reshape(batch, 6, height, width)
+        return x + scale(image)
+
+    scale = nn.BatchNorm2d(6) if norm else LayerScale(6)
+    report = compiled(calls(mixed, linear=nn.Linear(6, 6), scale=scale), 2, 6, 5, 4)
+    assert set(report.ops_after) == {"ReLU", "transpose", "Linear", "softmax", "add"}
+    assert [firing.rewrite for firing in report.rewrites] == ["distribute_scale"] and not report.fixed_size
+
+
+def test_a_scale_behind_an_image_whose_tokens_others_read_stays(calls: Any, compiled: Any) -> None:
+    def mixed(x: Tensor, linear: nn.Module, scale: nn.Module) -> Tensor:
+        tokens = linear(torch.relu(x).flatten(2).transpose(1, 2))
+        image = tokens.transpose(-2, -1).reshape(x.shape[0], 6, *x.shape[2:])
+        return scale(image) + tokens.mean()
+
+    report = compiled(calls(mixed, linear=nn.Linear(6, 6), scale=LayerScale(6)), 2, 6, 5, 4)
+    assert report.ops_after["mul"] == 1
+
+
+def test_a_scale_behind_a_reshape_that_mixes_the_channels_stays(calls: Any, compiled: Any) -> None:
+    def mixed(x: Tensor, linear: nn.Module, scale: nn.Module) -> Tensor:
+        tokens = linear(torch.relu(x).flatten(2).transpose(1, 2))
+        return scale(tokens.reshape(x.shape[0], 6, *x.shape[2:]))
+
+    report = compiled(calls(mixed, linear=nn.Linear(6, 6), scale=LayerScale(6)), 2, 6, 3, 2)
+    assert report.ops_after["mul"] == 1
+
+
+def test_a_number_of_channels_keeps_its_axis_on_the_way_to_the_linear_layers(calls: Any, compiled: Any) -> None:
+    def heads(x: Tensor, first: nn.Module, norm: nn.Module, a: nn.Module, b: nn.Module) -> Tensor:
+        y = first(x)
+        tokens = norm(y).reshape(y.shape[0], 6, -1).transpose(-1, -2)
+        return (torch.sigmoid(a(tokens)) * torch.tanh(b(tokens))).sum(1) + y.sum((2, 3))
+
+    parts = {"first": nn.Conv2d(4, 6, 1), "norm": nn.BatchNorm2d(6), "a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}
+    report = compiled(calls(heads, **parts), 2, 4, 5, 4)
+    assert report.ops_after["BatchNorm2d"] == 0 and report.ops_after["Conv2d"] == 1
+
+
+class LayerScale(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(-1, 1, channels).reshape(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma

@@ -107,3 +107,22 @@ def test_a_model_compiled_twice_is_compiled_once(calls: Any) -> None:
     once = rgc.compile(model, x, objective="depth")
     twice = rgc.compile(once, x, objective="depth")
     assert twice.report.rewrites == [] and twice.report.ops_after.total() == once.report.ops_after.total()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_pad_before_two_convolutions_makes_room_for_both(bias: bool, compiled: Any) -> None:
+    """Without the pad the ring that the second reads would touch real input."""
+    convs = nn.Conv1d(1, 4, 5, stride=2, bias=bias), nn.Conv1d(4, 4, 5, stride=2, padding=4)
+    report = compiled(nn.Sequential(nn.ZeroPad1d((4, 5)), *convs), 2, 1, 21, passes="all,-collapse")
+    assert report.ops_after["Conv1d"] == 1
+    report = compiled(nn.Sequential(nn.ZeroPad1d((4, 5)), *convs), 2, 1, 21)
+    assert report.ops_after["Conv1d"] == (2 if bias else 1) and not report.fixed_size
+
+
+@pytest.mark.parametrize("first", [nn.BatchNorm1d(2), nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 1, groups=2)])
+@pytest.mark.parametrize("sides", [(-1, 3), (2, 0), (1, 1)])
+def test_a_layer_of_one_position_joins_the_next_across_a_pad(
+    first: nn.Module, sides: tuple[int, int], compiled: Any
+) -> None:
+    report = compiled(nn.Sequential(first, nn.ZeroPad1d(sides), nn.Conv1d(2, 4, 1)), 2, 2, 9)
+    assert report.ops_after["Conv1d"] == 1 and report.ops_after["BatchNorm1d"] == 0
