@@ -74,7 +74,15 @@ def _sum_of(branches: Sequence[tuple[Value, Layer]], layer: Layer, sign: int) ->
     (x, a), (y, b) = branches
     shapes = {op(value).tensor_type.shape for value, op in branches}
     require(len(shapes) == 1, "the sum broadcasts one branch to the size of the other")
-    return Add(sign)(_composed(layer, a, x), _composed(_without_constants(layer), b, y))
+    ends = _composed(layer, a, x), _composed(_without_constants(layer), b, y)
+    _require_no_more_convolutions(ends, (a, b, layer))
+    return Add(sign)(*ends)
+
+
+def _require_no_more_convolutions(ends: Sequence[Value], layers: Sequence[Layer]) -> None:
+    """A factor at the end of a branch is cheaper than the convolution that would stand there instead."""
+    after, before = (sum(isinstance(op, Conv) for op in ops) for ops in ([end.op for end in ends], layers))
+    require(after <= before, f"{after} convolutions in place of {before}")
 
 
 def _over_parts(branches: Sequence[tuple[Value, Layer]], cat: Concat, layer: Layer) -> Value:
@@ -83,6 +91,7 @@ def _over_parts(branches: Sequence[tuple[Value, Layer]], cat: Concat, layer: Lay
         require(cat.axis == -layer.spatial - 1, f"{layer.label} acts along another axis than the concatenation")
     parts, apart = _parts(layer, channels)
     ends = [_composed(part, op, value) for part, (value, op) in zip(parts, branches, strict=True)]
+    _require_no_more_convolutions(ends, [layer, *(op for _, op in branches)])
     if apart:
         return cat(*ends)
     total = ends[0]
@@ -104,7 +113,7 @@ def _parts(layer: Layer, channels: Sequence[int]) -> tuple[list[Linear], bool]:
     require(not linear.transposed, f"the channels of {linear.label} are not taken apart")
     if linear.groups == 1:
         first, *others = (_columns(linear, part) for part in bounds)
-        return [first, *map(_without_constants, others)], False
+        return [first, *(each.changed(bias=None, ones=None) for each in others)], False
     width = linear.in_channels // linear.groups
     apart = all(count % width == 0 for count in channels)
     require(apart, f"the groups of {linear.label} do not end where the branches end")
@@ -203,6 +212,11 @@ def padded_layer_behind_a_lateral_sum() -> nn.Module:
 @distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="do not end where the branches end")
 def convolution_whose_groups_read_both_branches() -> nn.Module:
     return _TwoInputs(_cat, nn.Conv2d(4, 6, 3), nn.Conv2d(4, 2, 3), nn.Conv2d(8, 8, 1, groups=2)).eval()
+
+
+@distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="2 convolutions in place of 1")
+def pointwise_layer_behind_a_weighted_sum() -> nn.Module:
+    return _TwoInputs(torch.add, nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval()
 
 
 @distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="broadcasts")
