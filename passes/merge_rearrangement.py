@@ -12,7 +12,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgc import AvgPool, Conv, Gather, Linear, Pad, PixelUnshuffle, Rearrangement, Value, compose, require, rewrite
+from rgc import (
+    AvgPool,
+    Conv,
+    Gather,
+    Linear,
+    Pad,
+    PixelShuffle,
+    PixelUnshuffle,
+    Rearrangement,
+    Value,
+    compose,
+    require,
+    rewrite,
+)
 
 
 @rewrite(lambda x, move, linear: linear(move(x)))
@@ -40,6 +53,13 @@ def merge_around_a_pad(x: Value, first: Conv, pad: Pad, second: Conv) -> Value:
 @merge_rearrangement.also(lambda x, move: move(x))
 def drop_rearrangement(x: Value, move: Gather) -> Value:
     require(move.is_identity, f"{move.label} moves channels")
+    return x
+
+
+@merge_rearrangement.also(lambda x, shuffle, back: back(shuffle(x)))
+def drop_shuffle_that_is_undone(x: Value, shuffle: PixelShuffle, back: PixelUnshuffle) -> Value:
+    undone = shuffle.factor == back.factor and back.places is None
+    require(undone, f"{back.label} does not undo {shuffle.label}")
     return x
 
 
@@ -145,6 +165,16 @@ def space_to_depth_stem() -> nn.Module:
 def pad_of_one_side_between_convolutions() -> nn.Module:
     first = nn.Conv2d(4, 8, 1, bias=False)
     return nn.Sequential(first, nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 4, 3, stride=2), nn.ReLU()).eval()
+
+
+@merge_rearrangement.fires_on(shape=(2, 8, 5, 6))
+def pixel_shuffle_that_is_undone() -> nn.Module:
+    return nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2), nn.Sigmoid()).eval()
+
+
+@merge_rearrangement.leaves_alone(shape=(2, 16, 6, 6), because="does not undo")
+def pixel_shuffles_of_two_factors() -> nn.Module:
+    return nn.Sequential(nn.PixelShuffle(4), nn.PixelUnshuffle(2), nn.Sigmoid()).eval()
 
 
 @merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="would take another layer (pad)")

@@ -15,6 +15,7 @@ from rgc.algebra import Conv, Scale
 from rgc.ir import Input, Operator, Value
 from rgc.operators import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
@@ -147,6 +148,23 @@ def max_pool(rank: int) -> Handler:
     return handle
 
 
+def adaptive_max_pool(rank: int) -> Handler:
+    def handle(lifter: Lifting, x: Any, output_size: Any, return_indices: bool = False) -> Value | None:
+        sizes = tuple(output_size) if isinstance(output_size, list | tuple) else (output_size,) * rank
+        plain = all(n is None or (isinstance(n, int) and not isinstance(n, bool)) for n in sizes)
+        if (
+            return_indices
+            or not isinstance(x, Value)
+            or not plain
+            or len(sizes) != rank
+            or (rank == 1 and None in sizes)
+        ):
+            return None
+        return lifter.emit(AdaptiveMaxPool(sizes), x) if _are_floating(lifter, x) else None
+
+    return handle
+
+
 def upsample(lifter: Lifting, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
              align_corners: Any = None, recompute_scale_factor: Any = None,
              antialias: bool = False) -> Value | None:  # fmt: skip
@@ -244,6 +262,7 @@ def _subtract_from(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | N
 
 
 def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
+    x, y = _without_expansion(lifter, x, y), _without_expansion(lifter, y, x)
     if isinstance(x, Value) and isinstance(y, Value):
         if not _are_floating(lifter, x, y):
             return None
@@ -264,6 +283,7 @@ def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
 
 
 def multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
+    x, y = _without_expansion(lifter, x, y), _without_expansion(lifter, y, x)
     if isinstance(x, Value) and isinstance(y, Value):
         return lifter.emit(Multiply(), x, y) if _are_floating(lifter, x, y) else None
     value, constant = (x, y) if isinstance(x, Value) else (y, x)
@@ -272,6 +292,17 @@ def multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
         return None
     tensor, axes = per_channel
     return lifter.emit(Scale(tensor, tensor.new_zeros(1), axes), value)
+
+
+def _without_expansion(lifter: Lifting, operand: Any, other: Any) -> Any:
+    """The constant of ``c.expand_as(x)`` beside a value of the shape of x, to which it is broadcast anyway."""
+    if not isinstance(operand, Value) or not isinstance(other, Value) or not isinstance(operand.op, Opaque):
+        return operand
+    args = operand.op.args
+    if operand.op.name != "expand_as" or len(args) != 2 or not isinstance(args[0], Tensor) or operand.op.kwargs:
+        return operand
+    (measured,) = operand.inputs
+    return args[0] if measured in _of_one_shape(other) or other in _of_one_shape(measured) else operand
 
 
 def _product(lifter: Lifting, x: Any, y: Any) -> Any:
@@ -339,7 +370,9 @@ def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, d
 
 
 def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
-    """The values that ``x`` stacks along the axis ``dim``; None where it is no such stack."""
+    """The values that ``x`` stacks along the axis ``dim``, or their multiples; None where it is no such stack."""
+    if isinstance(x, Value) and isinstance(x.op, Opaque) and x.op.name in ("mul", "multiply") and len(x.inputs) == 1:
+        return _weighted_along(lifter, x, dim)
     if not isinstance(x, Value) or not isinstance(x.op, Opaque) or x.op.label.split(".")[0] != "stack":
         return None
     args, kwargs = x.op.args, dict(x.op.kwargs)
@@ -352,6 +385,23 @@ def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
     for index, value in enumerate(values):
         lifter.recall(value, lifter.real[x].select(along, index))
     return values
+
+
+def _weighted_along(lifter: Lifting, product: Value, dim: Any) -> list[Value] | None:
+    """The multiples of what is stacked, for a stack times one constant for each of its parts."""
+    assert isinstance(product.op, Opaque)
+    (stack,) = product.inputs
+    factors = [each for each in product.op.args if isinstance(each, Tensor)]
+    axis, rank = _one_axis(lifter, product, dim), len(lifter.shape(product))
+    if len(factors) != 1 or axis is None or stack not in lifter.real or lifter.shape(stack) != lifter.shape(product):
+        return None
+    whole = factors[0].reshape(*[1] * (rank - factors[0].dim()), *factors[0].shape)
+    parts = _stacked_along(lifter, stack, axis)
+    if parts is None or whole.shape[axis] != whole.numel() or not whole.is_floating_point():
+        return None
+    weights = whole.reshape(-1).expand(len(parts))
+    scaled = [multiply(lifter, part, weight) for part, weight in zip(parts, weights, strict=True)]
+    return None if None in scaled else [each for each in scaled if each is not None]
 
 
 def _one_axis(lifter: Lifting, x: Value, dim: Any) -> int | None:
@@ -432,6 +482,8 @@ FUNCTIONS: dict[str, Handler] = {
     "linear": linear, "batch_norm": batch_norm,
     "avg_pool1d": avg_pool(1), "avg_pool2d": avg_pool(2), "avg_pool3d": avg_pool(3),
     "max_pool1d": max_pool(1), "max_pool2d": max_pool(2), "max_pool3d": max_pool(3), "interpolate": upsample,
+    "adaptive_max_pool1d": adaptive_max_pool(1), "adaptive_max_pool2d": adaptive_max_pool(2),
+    "adaptive_max_pool3d": adaptive_max_pool(3),
     "abs": elementwise("abs"), "absolute": elementwise("abs"), "exp": elementwise("exp"), "sqrt": elementwise("sqrt"),
     "square": elementwise("square"), "pow": _power, "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp_min,
     "clamp_max": _clamp_max,

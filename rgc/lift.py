@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from rgc.casts import CASTS, with_known_form
 from rgc.contractions import CONTRACTIONS
 from rgc.errors import TraceError
 from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler, shape_source
@@ -43,7 +44,7 @@ class Source:
     unflatten: Callable[[Any], Any]  # from what the graph returns to what the model returns
 
 
-_FUNCTIONS: Mapping[str, Handler] = ChainMap(FUNCTIONS, CONTRACTIONS, NORMALIZATIONS)
+_FUNCTIONS: Mapping[str, Handler] = ChainMap(FUNCTIONS, CONTRACTIONS, NORMALIZATIONS, CASTS)
 _ATEN: Mapping[str, Handler] = ChainMap(ATEN, ATEN_NORMALIZATIONS)
 
 
@@ -145,6 +146,12 @@ class _Lifter:
         if not values and not isinstance(target, nn.Module):
             self._bind(node, _fold(node, target, args, kwargs))
             return
+        if not inplace and not isinstance(target, nn.Module) and not _is_overwritten(node):
+            known = with_known_form(self, name, args, kwargs)
+            made = None if known is None else _fold(node, target, *known)
+            if isinstance(made, Tensor):
+                self._bind(node, made)
+                return
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
         kwargs.pop("inplace", None)
@@ -183,12 +190,17 @@ class _Lifter:
             handler, leading = (_ATEN.get(name) if aten else None) or _FUNCTIONS.get(name), [self]
         if "input" in kwargs and not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+        if name == "clone" and self._is_returned():
+            return None  # the caller may rely on memory of its own
         for each in (None if isinstance(target, nn.Module) else REARRANGEMENTS.get(name), handler):
             if each is not None and _accepts(each, *leading, *args, **kwargs):
                 result = each(*leading, *args, **kwargs)
                 if result is not None:
                     return result
         return None
+
+    def _is_returned(self) -> bool:
+        return self.node is not None and any(user.op == "output" for user in self.node.users)
 
     def _opaque(self, node: fx.Node, target: Any, name: str, inplace: bool, args: Any, kwargs: Any) -> Value:
         if inplace:
@@ -383,6 +395,14 @@ def _refuse_training_state(node: fx.Node, module: nn.Module) -> None:
         raise TraceError(f"{node.target} is in training mode")
 
 
+def _is_overwritten(node: fx.Node) -> bool:
+    """Does a later call overwrite what this one returns?"""
+    return any(
+        user.args[:1] == (node,) and user.op != "call_module" and _canonical(user.op, user.target, (), user.kwargs)[1]
+        for user in node.users
+    )
+
+
 def _asks_for_rank(target: Any, args: Sequence[Any]) -> bool:
     return (target is getattr and args[1:] == ("ndim",)) or target in ("dim", "ndimension")
 
@@ -454,7 +474,7 @@ def _source_line(node: fx.Node) -> str:
 
 
 _FRONT_END = (
-    "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
+    "casts", "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
     "rearrange_calls", "symbolic_tier", "traced_value",
 )  # fmt: skip
 _TRACER_HOMES = (
