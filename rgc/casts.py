@@ -42,7 +42,7 @@ def with_known_form(
         return lifter.real[each] if isinstance(each, Value) and _is_tensor(lifter, each) else each
 
     given = tuple(form(each) if place in asked else each for place, each in enumerate(args))
-    options = {key: form(each) if asked and key == "other" else each for key, each in kwargs.items()}
+    options = {key: form(each) if asked and key in ("other", "tensor") else each for key, each in kwargs.items()}
     known, options = tree_map(answer, (given, options), is_leaf=is_value)
     left: list[Value] = []
     tree_map(lambda leaf: left.append(leaf) if isinstance(leaf, Value) else None, (known, options), is_leaf=is_value)

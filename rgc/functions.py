@@ -19,6 +19,7 @@ from rgc.operators import (
     Add,
     AvgPool,
     BatchNorm,
+    Call,
     ChannelMean,
     Concat,
     Identity,
@@ -371,7 +372,7 @@ def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, d
 
 def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
     """The values that ``x`` stacks along the axis ``dim``, or their multiples; None where it is no such stack."""
-    if isinstance(x, Value) and isinstance(x.op, Opaque) and x.op.name in ("mul", "multiply") and len(x.inputs) == 1:
+    if isinstance(x, Value) and len(x.inputs) == 1 and (isinstance(x.op, Scale) or _name(x) in ("mul", "multiply")):
         return _weighted_along(lifter, x, dim)
     if not isinstance(x, Value) or not isinstance(x.op, Opaque) or x.op.label.split(".")[0] != "stack":
         return None
@@ -388,20 +389,34 @@ def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
 
 
 def _weighted_along(lifter: Lifting, product: Value, dim: Any) -> list[Value] | None:
-    """The multiples of what is stacked, for a stack times one constant for each of its parts."""
-    assert isinstance(product.op, Opaque)
+    """The multiples of what is stacked, for a stack times a constant for each of its parts."""
     (stack,) = product.inputs
-    factors = [each for each in product.op.args if isinstance(each, Tensor)]
-    axis, rank = _one_axis(lifter, product, dim), len(lifter.shape(product))
-    if len(factors) != 1 or axis is None or stack not in lifter.real or lifter.shape(stack) != lifter.shape(product):
+    axis, shape = _one_axis(lifter, product, dim), lifter.shape(product)
+    weights = _weights_along(product, axis, len(shape))
+    if axis is None or weights is None or stack not in lifter.real or lifter.shape(stack) != shape:
+        return None
+    parts = _stacked_along(lifter, stack, axis)
+    if parts is None:
+        return None
+    scaled = [multiply(lifter, part, weight) for part, weight in zip(parts, weights.expand(len(parts)), strict=True)]
+    return None if None in scaled else [each for each in scaled if each is not None]
+
+
+def _weights_along(product: Value, axis: int | None, rank: int) -> Tensor | None:
+    """The factors of a product with a constant, if they differ along this axis of the ``rank`` axes only."""
+    op = product.op
+    if isinstance(op, Scale):
+        along = op.axes is None or op.scale.numel() == 1 or rank - 1 - op.axes == axis
+        return op.scale if along and not bool(op.shift.any()) else None
+    factors = [each for each in op.args if isinstance(each, Tensor)] if isinstance(op, Opaque) else []
+    if len(factors) != 1 or axis is None or not factors[0].is_floating_point() or factors[0].dim() > rank:
         return None
     whole = factors[0].reshape(*[1] * (rank - factors[0].dim()), *factors[0].shape)
-    parts = _stacked_along(lifter, stack, axis)
-    if parts is None or whole.shape[axis] != whole.numel() or not whole.is_floating_point():
-        return None
-    weights = whole.reshape(-1).expand(len(parts))
-    scaled = [multiply(lifter, part, weight) for part, weight in zip(parts, weights, strict=True)]
-    return None if None in scaled else [each for each in scaled if each is not None]
+    return whole.reshape(-1) if whole.shape[axis] == whole.numel() else None
+
+
+def _name(value: Value) -> str:
+    return value.op.name if isinstance(value.op, Call) else ""
 
 
 def _one_axis(lifter: Lifting, x: Value, dim: Any) -> int | None:
@@ -475,7 +490,15 @@ def shape_source(value: Value) -> Value:
     return value
 
 
+def _attribute(lifter: Lifting, x: Any, name: Any) -> Value | None:
+    """``x.T`` of a matrix, ``x.mT``."""
+    rank = len(lifter.shape(x)) if isinstance(x, Value) and isinstance(lifter.real.get(x), Tensor) else 0
+    is_transpose = (name == "T" and rank == 2) or (name == "mT" and rank > 1)
+    return lifter.emit(Structural(torch.transpose, (Slot(0), -2, -1)), x) if is_transpose else None
+
+
 FUNCTIONS: dict[str, Handler] = {
+    "getattr": _attribute,
     "view": _reshape, "reshape": _reshape,
     "conv1d": conv, "conv2d": conv, "conv3d": conv,
     "conv_transpose1d": conv_transpose, "conv_transpose2d": conv_transpose, "conv_transpose3d": conv_transpose,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from rgc.algebra import Scale
 from rgc.casts import CASTS, with_known_form
 from rgc.contractions import CONTRACTIONS
 from rgc.errors import TraceError
@@ -278,7 +279,8 @@ class _Lifter:
         """What a value keeps alive: a handler that knows its form will read its input instead."""
         if isinstance(value.op, Call):
             return value.inputs if value.op.name in LOOKED_THROUGH else ()
-        return value.inputs if isinstance(value.op, Subsample) else ()
+        is_scaled_stack = isinstance(value.op, Scale) and _is_stack(value.inputs[0])
+        return value.inputs if isinstance(value.op, Subsample) or is_scaled_stack else ()
 
     def _forget(self, node: fx.Node) -> None:
         for used in dict.fromkeys([*node.all_input_nodes, node]):
@@ -393,6 +395,13 @@ def _accepts(handler: Handler, *args: Any, **kwargs: Any) -> bool:
 def _refuse_training_state(node: fx.Node, module: nn.Module) -> None:
     if module.training:
         raise TraceError(f"{node.target} is in training mode")
+
+
+def _is_stack(value: Value) -> bool:
+    """A stack, or a multiple of one."""
+    while isinstance(value.op, Scale) or (isinstance(value.op, Opaque) and value.op.name in ("mul", "multiply")):
+        value = value.inputs[0]
+    return isinstance(value.op, Opaque) and value.op.name == "stack"
 
 
 def _is_overwritten(node: fx.Node) -> bool:

@@ -84,7 +84,7 @@ def randomize(model: Model, seed: int = 0) -> Model:
         for parameter in model.parameters():
             if parameter.requires_grad and id(parameter) not in meant and _is_constant(parameter):
                 fill(parameter, 0.4, 1.0)
-                inputs = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+                inputs = parameter[0].numel() if sum(n > 1 for n in parameter.shape) > 1 else 1
                 parameter.mul_(_signs(parameter.shape, generator).to(parameter) / inputs**0.5)
     model.eval()  # which returns None in models of other people
     return model
