@@ -26,7 +26,8 @@ def fold_batchnorm_before(x: Value, bn: BatchNorm, conv: Conv | AvgPool) -> Valu
 
 def _per_channel(linear: Conv | AvgPool, x: Value) -> Conv:
     """A pooling does not say of how many channels, and a batch norm of one channel is a scale of any."""
-    return linear.as_conv(x.tensor_type.shape[-linear.spatial - 1], linear.spatial)
+    spatial, given = linear.spatial, x.tensor_type
+    return linear.at(given.size(spatial)).as_conv(given.shape[-spatial - 1], spatial)
 
 
 @fold_batchnorm.also(lambda x, first, second: second(first(x)))

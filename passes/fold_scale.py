@@ -34,7 +34,7 @@ def fold_scale_before_pooling(x: Value, scale: Scale, pool: AvgPool) -> Value:
 
 def _per_channel(pool: AvgPool, x: Value) -> Conv:
     """A pooling does not say of how many channels, and neither does a scale of one number."""
-    return pool.as_conv(x.tensor_type.shape[-pool.spatial - 1], pool.spatial)
+    return pool.at(x.tensor_type.size(pool.spatial)).as_conv(x.tensor_type.shape[-pool.spatial - 1], pool.spatial)
 
 
 @fold_scale.also(lambda x, first, second: first(x) + second(x))

@@ -11,7 +11,17 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from rgc import AvgPool, ChannelMean, Conv, Value, compose, rewrite
+from rgc import (
+    AvgPool,
+    ChannelMean,
+    Conv,
+    Structural,
+    Value,
+    average_pool_at,
+    compose,
+    is_adaptive_average,
+    rewrite,
+)
 
 
 def has_one_tap(op: Conv | ChannelMean) -> bool:
@@ -25,6 +35,15 @@ Pointwise = Annotated[Conv | ChannelMean, has_one_tap]
 @rewrite(lambda x, first, second: second(first(x)))
 def merge_pointwise(x: Value, first: Conv | AvgPool, second: Pointwise) -> Value:
     return compose(second, first, x.tensor_type.size(first.spatial))(x)
+
+
+@merge_pointwise.also(lambda x, pool, second: second(pool(x)))
+def merge_pointwise_behind_adaptive_pooling(
+    x: Value, pool: Annotated[Structural, is_adaptive_average], second: Pointwise
+) -> Value:
+    """At a fixed size that is a multiple of the output's, adaptive pooling is a pooling with one window."""
+    plain = average_pool_at(pool, x.tensor_type)
+    return compose(second, plain, x.tensor_type.size(plain.spatial))(x)
 
 
 @merge_pointwise.also(lambda x, first, second: second(first(x)))
@@ -70,6 +89,26 @@ def average_pooling_before_a_pointwise_layer() -> nn.Module:
 @merge_pointwise.fires_on(shape=(2, 8, 16, 16))
 def pointwise_with_bias_before_a_padded_convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 3, padding=1)).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 4, 8, 8), fixed_size=True)
+def pooling_of_rounded_up_size_that_is_even() -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(4, 8, 1)).eval()
+
+
+@merge_pointwise.fires_on(shape=(2, 4, 8, 8), fixed_size=True)
+def adaptive_pooling_to_a_divisor_of_the_size() -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 8, 1)).eval()
+
+
+@merge_pointwise.leaves_alone(shape=(2, 4, 9, 8), because="several sizes", fixed_size=True)
+def adaptive_pooling_to_no_divisor_of_the_size() -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 8, 1)).eval()
+
+
+@merge_pointwise.leaves_alone(shape=(2, 4, 9, 8), because="ceil_mode", fixed_size=True)
+def pooling_of_rounded_up_size_that_is_odd() -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(4, 8, 1)).eval()
 
 
 @merge_pointwise.fires_on(shape=(2, 8, 8, 8))

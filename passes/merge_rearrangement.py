@@ -19,6 +19,7 @@ from rgc import (
     Gather,
     Linear,
     Pad,
+    PixelShuffle,
     PixelUnshuffle,
     Rearrangement,
     Scale,
@@ -62,6 +63,13 @@ def merge_behind_a_pad(x: Value, pad: Pad, first: Conv | BatchNorm | Scale, seco
 @merge_rearrangement.also(lambda x, move: move(x))
 def drop_rearrangement(x: Value, move: Gather) -> Value:
     require(move.is_identity, f"{move.label} moves channels")
+    return x
+
+
+@merge_rearrangement.also(lambda x, shuffle, back: back(shuffle(x)))
+def drop_shuffle_that_is_undone(x: Value, shuffle: PixelShuffle, back: PixelUnshuffle) -> Value:
+    undone = shuffle.factor == back.factor and back.places is None
+    require(undone, f"{back.label} does not undo {shuffle.label}")
     return x
 
 
@@ -184,6 +192,16 @@ def pad_before_two_strided_convolutions_the_second_of_which_pads() -> nn.Module:
 def pad_before_two_convolutions_that_is_too_narrow_for_both() -> nn.Module:
     convs = nn.Conv2d(4, 4, 5, bias=False), nn.Conv2d(4, 4, 3, padding=1)
     return nn.Sequential(nn.ZeroPad2d((3, 2, 3, 2)), *convs, nn.ReLU()).eval()
+
+
+@merge_rearrangement.fires_on(shape=(2, 8, 5, 6))
+def pixel_shuffle_that_is_undone() -> nn.Module:
+    return nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2), nn.Sigmoid()).eval()
+
+
+@merge_rearrangement.leaves_alone(shape=(2, 16, 6, 6), because="does not undo")
+def pixel_shuffles_of_two_factors() -> nn.Module:
+    return nn.Sequential(nn.PixelShuffle(4), nn.PixelUnshuffle(2), nn.Sigmoid()).eval()
 
 
 @merge_rearrangement.leaves_alone(shape=(2, 4, 9, 8), because="would take another layer (pad)")

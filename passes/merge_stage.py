@@ -25,7 +25,8 @@ Window = Annotated[Conv | AvgPool, has_several_taps]
 @rewrite(lambda x, first, second: second(first(x)))
 def merge_stage(x: Value, first: Window, second: Window) -> Value:
     channels = x.tensor_type.shape[-first.spatial - 1]  # of which two poolings in a row say nothing
-    return compose(second, first.as_conv(channels, first.spatial), x.tensor_type.size(first.spatial))(x)
+    size = x.tensor_type.size(first.spatial)
+    return compose(second, first.at(size).as_conv(channels, first.spatial), size)(x)
 
 
 @merge_stage.fires_on(shape=(2, 3, 9, 8))

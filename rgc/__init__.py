@@ -15,6 +15,7 @@ from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
 from rgc.operators import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
@@ -30,6 +31,8 @@ from rgc.operators import (
     Structural,
     Unflatten,
     Upsample,
+    average_pool_at,
+    is_adaptive_average,
 )
 from rgc.ranges import Interval, range_of
 from rgc.rearrange import (
@@ -63,13 +66,14 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean", "CompiledModule", "Concat",
-    "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass",
-    "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply", "Normalize", "NotEquivalentError",
-    "Opaque", "Operator", "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal",
-    "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "TensorType",
-    "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "border", "carried_axis", "carrying_axis",
-    "compile", "compose", "explain", "graph_pass", "inverts", "is_permutation", "is_reshape", "load", "models", "nn",
-    "passes", "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another",
-    "testing", "unit", "verify",
+    "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean",
+    "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph",
+    "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply",
+    "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan",
+    "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural",
+    "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add",
+    "average_pool_at", "border", "carried_axis", "carrying_axis", "compile", "compose", "explain", "graph_pass",
+    "inverts", "is_adaptive_average", "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of",
+    "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another", "testing", "unit",
+    "verify",
 ]  # fmt: skip

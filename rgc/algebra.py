@@ -68,6 +68,10 @@ class Linear(Operator):
         """The plainest linear operator that equals this one, or a refusal."""
         return self
 
+    def at(self, size: Size | None) -> Linear:
+        """The same, said more plainly where that holds at the spatial input size ``size`` (None: at every size)."""
+        return self
+
     def __matmul__(self, first: Linear) -> Linear:
         return compose(self, first)
 
@@ -404,7 +408,7 @@ def compose(second: Linear, first: Linear, size: Size | None = None) -> Linear:
         scale = second.scale.double() * first.scale.double()
         shift = second.scale.double() * first.shift.double() + second.shift.double()
         return Scale(scale, shift, first.axes if first.channels else second.axes)
-    a, b = _as_convs(second, first)
+    a, b = _as_convs(second, first, size)
     if b.out_channels != a.in_channels:
         raise GraphError(f"{b.label} makes {b.out_channels} channels, {a.label} reads {a.in_channels}")
     size = _common_size(a, b, size)
@@ -428,7 +432,7 @@ def add(left: Linear, right: Linear, size: Size | None = None) -> Linear:
     if isinstance(left, Scale) and isinstance(right, Scale) and _same_axes(left, right):
         scale = left.scale.double() + right.scale.double()
         return Scale(scale, left.shift.double() + right.shift.double(), left.axes if left.channels else right.axes)
-    a, b = _as_convs(left, right, parallel=True)
+    a, b = _as_convs(left, right, size, parallel=True)
     require(a.channels == b.channels, f"{a.label} and {b.label} make different channels, so their sum broadcasts")
     require(a.stride == b.stride, f"strides differ: {a.stride} and {b.stride}")
     require(a.transposed == b.transposed, "a convolution and a transposed convolution")
@@ -784,7 +788,7 @@ def _sum_of_biases(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 # --- small helpers -----------------------------------------------------------------------------------------------
 
 
-def _as_convs(second: Linear, first: Linear, parallel: bool = False) -> tuple[Conv, Conv]:
+def _as_convs(second: Linear, first: Linear, size: Size | None, parallel: bool = False) -> tuple[Conv, Conv]:
     """Both as convolutions: what one leaves open (channels, axes) is taken from the other."""
     second, first = second.as_linear(), first.as_linear()
     spatial = first.spatial if first.spatial is not None else second.spatial
@@ -794,8 +798,10 @@ def _as_convs(second: Linear, first: Linear, parallel: bool = False) -> tuple[Co
     require(known is not None, "neither operator says how many channels it reads")
     assert known is not None and spatial is not None
     entering = (inner or known)[0]
-    b = first.as_conv(entering, spatial)
-    a = second.as_conv(entering if parallel else b.out_channels, spatial)
+    b = first.at(size).as_conv(entering, spatial)
+    known_size = b.size or size
+    reached = known_size if parallel or known_size is None else b.output_size(known_size)
+    a = second.at(reached).as_conv(entering if parallel else b.out_channels, spatial)
     return _settled(a), _settled(b)
 
 

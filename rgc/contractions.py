@@ -17,6 +17,7 @@ from rgc.algebra import Conv, Scale
 from rgc.functions import Handler, Lifting, add, measures, multiply
 from rgc.ir import Value
 from rgc.operators import Opaque, Slot, Structural
+from rgc.views import inverts
 
 
 def matmul(lifter: Lifting, x: Any, other: Any) -> Value | None:
@@ -113,11 +114,21 @@ def _from_the_right(lifter: Lifting, x: Value, constant: Tensor) -> Value | None
 
 
 def _from_the_left(lifter: Lifting, constant: Tensor, x: Value) -> Value | None:
-    """W x for [N, C, L]: a convolution with one tap."""
+    """W x for [N, C, L]: a convolution with one tap. W x^T for [N, C] is (x W^T)^T: a linear layer, transposed."""
     matrix = _without_leading_ones(constant)
+    before = _transposed(lifter, x)
+    if before is not None and matrix is not None and constant.dim() == 2 and _is_floating(lifter, x, constant):
+        return lifter.emit(Structural(torch.transpose, (Slot(0), 0, 1)), lifter.emit(Conv(matrix), before))
     if matrix is None or len(lifter.shape(x)) != 3 or constant.dim() > 3 or not _is_floating(lifter, x, constant):
         return None
     return lifter.emit(Conv(matrix[:, :, None]), x)
+
+
+def _transposed(lifter: Lifting, x: Value) -> Value | None:
+    """The matrix of which ``x`` is the transpose."""
+    if len(lifter.shape(x)) != 2 or not inverts(x.op, Structural(torch.transpose, (Slot(0), 0, 1)), 2):
+        return None
+    return x.inputs[0] if x.inputs[0] in lifter.real else None
 
 
 def _contract(

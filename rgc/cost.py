@@ -14,7 +14,7 @@ from typing import Literal
 from rgc.algebra import Conv
 from rgc.errors import InputError
 from rgc.ir import Input, TensorType, Value
-from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten, completes
+from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten, completes, is_adaptive_average
 from rgc.rearrange import BorderFill, Gather, Rearrangement
 
 Objective = Literal["latency", "depth", "macs", "params"]
@@ -33,7 +33,9 @@ class Target:
 
     def seconds(self, value: Value) -> float:
         """Estimated time of the operator that makes ``value``, at the example's shapes."""
-        if isinstance(value.op, Input | Constant | Structural | Flatten | Unflatten) or completes(value):
+        if isinstance(value.op, Input | Constant | Flatten | Unflatten) or completes(value):
+            return 0.0
+        if isinstance(value.op, Structural) and not is_adaptive_average(value.op):
             return 0.0
         if isinstance(value.op, Rearrangement) and value.op.is_view:
             return 0.0 if isinstance(value.op, Gather) else self._copied_by_the_reader(value)

@@ -20,6 +20,7 @@ from rgc.example import copy_model
 from rgc.ir import Graph, Input, Operator, Value
 from rgc.operators import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
@@ -94,6 +95,8 @@ def _layer_names(value: Value) -> list[str]:
             return [f"AvgPool{op.spatial}d"]
         case MaxPool():
             return [f"MaxPool{op.spatial}d"]
+        case AdaptiveMaxPool():
+            return [f"AdaptiveMaxPool{op.spatial}d"]
         case Upsample():
             return ["Upsample"]
         case Activation():
@@ -112,10 +115,12 @@ def _layer_names(value: Value) -> list[str]:
             return [type(op).__name__]
         case BorderFill():
             return ["setitem"] * len(op.assignments)
+        case Identity(copies=True):
+            return ["clone"]
         case Input() | Constant() | Identity() | Flatten() | Unflatten():
             return []
         case Call():
-            return [] if op.label in _BOOKKEEPING else [op.label]
+            return [] if op.name in _BOOKKEEPING else [op.name]
     return [{"multiply": "mul"}.get(op.label, op.label)]
 
 
@@ -208,12 +213,14 @@ class _Emitter:
                 return self._module(value, lambda: _avg_pool(op), inputs[0])
             case MaxPool():
                 return self._module(value, lambda: _max_pool(op), inputs[0])
+            case AdaptiveMaxPool():
+                return self._module(value, lambda: _adaptive_max_pool(op), inputs[0])
             case Upsample():
                 return self._module(value, lambda: _upsample(op), inputs[0])
             case Activation():
                 return self._activation(value, op, inputs[0])
             case Identity():
-                return inputs[0]
+                return self.graph.call_method("clone", (inputs[0],)) if op.copies else inputs[0]
             case Flatten():
                 return self._function(value, torch.flatten, inputs[0], 1)
             case Unflatten():
@@ -551,6 +558,12 @@ def _max_pool(op: MaxPool) -> nn.Module:
     return layer
 
 
+def _adaptive_max_pool(op: AdaptiveMaxPool) -> nn.Module:
+    kind: Any = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[op.spatial]
+    layer: nn.Module = kind(_as_written(op.output_size))
+    return layer
+
+
 def _upsample(op: Upsample) -> nn.Module:
     size, scale_factor = map(_as_written, (op.size, op.scale_factor))
     return nn.Upsample(size, scale_factor, op.mode, op.align_corners, op.recompute_scale_factor)
@@ -586,7 +599,7 @@ _HAVE_INPLACE = frozenset({
 })  # fmt: skip
 _BOOKKEEPING = frozenset({
     "getattr", "getitem", "eq", "_assert", "size", "view", "reshape", "flatten", "Flatten", "unflatten", "contiguous",
-    "sym_size.int", "len", "ge", "OrderedDict",
+    "sym_size", "_unsafe_view", "len", "ge", "OrderedDict",
 })  # fmt: skip
 
 

@@ -15,9 +15,11 @@ from rgc.algebra import Conv, Linear, Scale
 from rgc.ir import Input, Operator, Value
 from rgc.operators import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
+    Call,
     ChannelMean,
     Concat,
     Identity,
@@ -148,6 +150,23 @@ def max_pool(rank: int) -> Handler:
     return handle
 
 
+def adaptive_max_pool(rank: int) -> Handler:
+    def handle(lifter: Lifting, x: Any, output_size: Any, return_indices: bool = False) -> Value | None:
+        sizes = tuple(output_size) if isinstance(output_size, list | tuple) else (output_size,) * rank
+        plain = all(n is None or (isinstance(n, int) and not isinstance(n, bool)) for n in sizes)
+        if (
+            return_indices
+            or not isinstance(x, Value)
+            or not plain
+            or len(sizes) != rank
+            or (rank == 1 and None in sizes)
+        ):
+            return None
+        return lifter.emit(AdaptiveMaxPool(sizes), x) if _are_floating(lifter, x) else None
+
+    return handle
+
+
 def upsample(lifter: Lifting, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
              align_corners: Any = None, recompute_scale_factor: Any = None,
              antialias: bool = False) -> Value | None:  # fmt: skip
@@ -245,6 +264,7 @@ def _subtract_from(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | N
 
 
 def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
+    x, y = _without_expansion(lifter, x, y), _without_expansion(lifter, y, x)
     if isinstance(x, Value) and isinstance(y, Value):
         if not _are_floating(lifter, x, y):
             return None
@@ -265,6 +285,7 @@ def _sum(lifter: Lifting, x: Any, y: Any, sign: int) -> Value | None:
 
 
 def multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
+    x, y = _without_expansion(lifter, x, y), _without_expansion(lifter, y, x)
     if isinstance(x, Value) and isinstance(y, Value):
         return lifter.emit(Multiply(), x, y) if _are_floating(lifter, x, y) else None
     value, constant = (x, y) if isinstance(x, Value) else (y, x)
@@ -273,6 +294,17 @@ def multiply(lifter: Lifting, x: Any, y: Any) -> Value | None:
         return None
     tensor, axes = per_channel
     return lifter.emit(Scale(tensor, tensor.new_zeros(1), axes), value)
+
+
+def _without_expansion(lifter: Lifting, operand: Any, other: Any) -> Any:
+    """The constant of ``c.expand_as(x)`` beside a value of the shape of x, to which it is broadcast anyway."""
+    if not isinstance(operand, Value) or not isinstance(other, Value) or not isinstance(operand.op, Opaque):
+        return operand
+    args = operand.op.args
+    if operand.op.name != "expand_as" or len(args) != 2 or not isinstance(args[0], Tensor) or operand.op.kwargs:
+        return operand
+    (measured,) = operand.inputs
+    return args[0] if measured in _of_one_shape(other) or other in _of_one_shape(measured) else operand
 
 
 def _product(lifter: Lifting, x: Any, y: Any) -> Any:
@@ -340,7 +372,9 @@ def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, d
 
 
 def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
-    """The values that ``x`` stacks along the axis ``dim``; None where it is no such stack."""
+    """The values that ``x`` stacks along the axis ``dim``, or their multiples; None where it is no such stack."""
+    if isinstance(x, Value) and len(x.inputs) == 1 and (isinstance(x.op, Scale) or _name(x) in ("mul", "multiply")):
+        return _weighted_along(lifter, x, dim)
     if not isinstance(x, Value) or not isinstance(x.op, Opaque) or x.op.name != "stack":
         return None
     args, kwargs = x.op.args, dict(x.op.kwargs)
@@ -353,6 +387,37 @@ def _stacked_along(lifter: Lifting, x: Any, dim: Any) -> list[Value] | None:
     for index, value in enumerate(values):
         lifter.recall(value, lifter.real[x].select(along, index))
     return values
+
+
+def _weighted_along(lifter: Lifting, product: Value, dim: Any) -> list[Value] | None:
+    """The multiples of what is stacked, for a stack times a constant for each of its parts."""
+    (stack,) = product.inputs
+    axis, shape = _one_axis(lifter, product, dim), lifter.shape(product)
+    weights = _weights_along(product, axis, len(shape))
+    if axis is None or weights is None or stack not in lifter.real or lifter.shape(stack) != shape:
+        return None
+    parts = _stacked_along(lifter, stack, axis)
+    if parts is None:
+        return None
+    scaled = [multiply(lifter, part, weight) for part, weight in zip(parts, weights.expand(len(parts)), strict=True)]
+    return None if None in scaled else [each for each in scaled if each is not None]
+
+
+def _weights_along(product: Value, axis: int | None, rank: int) -> Tensor | None:
+    """The factors of a product with a constant, if they differ along this axis of the ``rank`` axes only."""
+    op = product.op
+    if isinstance(op, Scale):
+        along = op.axes is None or op.scale.numel() == 1 or rank - 1 - op.axes == axis
+        return op.scale if along and not bool(op.shift.any()) else None
+    factors = [each for each in op.args if isinstance(each, Tensor)] if isinstance(op, Opaque) else []
+    if len(factors) != 1 or axis is None or not factors[0].is_floating_point() or factors[0].dim() > rank:
+        return None
+    whole = factors[0].reshape(*[1] * (rank - factors[0].dim()), *factors[0].shape)
+    return whole.reshape(-1) if whole.shape[axis] == whole.numel() else None
+
+
+def _name(value: Value) -> str:
+    return value.op.name if isinstance(value.op, Call) else ""
 
 
 def _one_axis(lifter: Lifting, x: Value, dim: Any) -> int | None:
@@ -442,10 +507,6 @@ def measures(size: Value, x: Value, axis: int) -> bool:
     )
 
 
-def _name(value: Value) -> str:
-    return value.op.name if isinstance(value.op, Opaque | Structural) else ""
-
-
 def _of_one_shape(x: Value) -> list[Value]:
     """``x`` and the values before it that have its shape at every size."""
     found = [x]
@@ -465,13 +526,23 @@ def shape_source(value: Value) -> Value:
     return value
 
 
+def _attribute(lifter: Lifting, x: Any, name: Any) -> Value | None:
+    """``x.T`` of a matrix, ``x.mT``."""
+    rank = len(lifter.shape(x)) if isinstance(x, Value) and isinstance(lifter.real.get(x), Tensor) else 0
+    is_transpose = (name == "T" and rank == 2) or (name == "mT" and rank > 1)
+    return lifter.emit(Structural(torch.transpose, (Slot(0), -2, -1)), x) if is_transpose else None
+
+
 FUNCTIONS: dict[str, Handler] = {
+    "getattr": _attribute,
     "view": _reshape, "reshape": _reshape,
     "conv1d": conv, "conv2d": conv, "conv3d": conv,
     "conv_transpose1d": conv_transpose, "conv_transpose2d": conv_transpose, "conv_transpose3d": conv_transpose,
     "linear": linear, "batch_norm": batch_norm,
     "avg_pool1d": avg_pool(1), "avg_pool2d": avg_pool(2), "avg_pool3d": avg_pool(3),
     "max_pool1d": max_pool(1), "max_pool2d": max_pool(2), "max_pool3d": max_pool(3), "interpolate": upsample,
+    "adaptive_max_pool1d": adaptive_max_pool(1), "adaptive_max_pool2d": adaptive_max_pool(2),
+    "adaptive_max_pool3d": adaptive_max_pool(3),
     "abs": elementwise("abs"), "absolute": elementwise("abs"), "exp": elementwise("exp"), "sqrt": elementwise("sqrt"),
     "square": elementwise("square"), "pow": _power, "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp_min,
     "clamp_max": _clamp_max,

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from rgc.algebra import Scale
+from rgc.casts import CASTS, with_known_form
 from rgc.contractions import CONTRACTIONS
 from rgc.errors import TraceError
 from rgc.functions import ATEN, FUNCTIONS, STRUCTURAL, Handler, shape_source
@@ -43,7 +45,7 @@ class Source:
     unflatten: Callable[[Any], Any]  # from what the graph returns to what the model returns
 
 
-_FUNCTIONS: Mapping[str, Handler] = ChainMap(FUNCTIONS, CONTRACTIONS, NORMALIZATIONS)
+_FUNCTIONS: Mapping[str, Handler] = ChainMap(FUNCTIONS, CONTRACTIONS, NORMALIZATIONS, CASTS)
 _ATEN: Mapping[str, Handler] = ChainMap(ATEN, ATEN_NORMALIZATIONS)
 
 
@@ -145,6 +147,12 @@ class _Lifter:
         if not values and not isinstance(target, nn.Module):
             self._bind(node, _fold(node, target, args, kwargs))
             return
+        if not inplace and not isinstance(target, nn.Module) and not _is_overwritten(node):
+            known = with_known_form(self, name, args, kwargs)
+            made = None if known is None else _fold(node, target, *known)
+            if isinstance(made, Tensor):
+                self._bind(node, made)
+                return
         if isinstance(kwargs.get("out"), Value):
             raise TraceError(f"{node.name} writes its result into another tensor (out=)")
         if "." not in name:
@@ -184,12 +192,17 @@ class _Lifter:
             handler, leading = (_ATEN.get(name) if aten else None) or _FUNCTIONS.get(name), [self]
         if "input" in kwargs and not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+        if name == "clone" and self._is_returned():
+            return None  # the caller may rely on memory of its own
         for each in (None if isinstance(target, nn.Module) else REARRANGEMENTS.get(name), handler):
             if each is not None and _accepts(each, *leading, *args, **kwargs):
                 result = each(*leading, *args, **kwargs)
                 if result is not None:
                     return result
         return None
+
+    def _is_returned(self) -> bool:
+        return self.node is not None and any(user.op == "output" for user in self.node.users)
 
     def _opaque(self, node: fx.Node, target: Any, name: str, inplace: bool, args: Any, kwargs: Any) -> Value:
         if inplace:
@@ -267,7 +280,8 @@ class _Lifter:
         """What a value keeps alive: a handler that knows its form will read its input instead."""
         if isinstance(value.op, Call):
             return value.inputs if value.op.name in LOOKED_THROUGH else ()
-        return value.inputs if isinstance(value.op, Subsample) else ()
+        is_scaled_stack = isinstance(value.op, Scale) and _is_stack(value.inputs[0])
+        return value.inputs if isinstance(value.op, Subsample) or is_scaled_stack else ()
 
     def _forget(self, node: fx.Node) -> None:
         for used in dict.fromkeys([*node.all_input_nodes, node]):
@@ -381,6 +395,21 @@ def _refuse_training_state(node: fx.Node, module: nn.Module) -> None:
         raise TraceError(f"{node.target} is in training mode")
 
 
+def _is_stack(value: Value) -> bool:
+    """A stack, or a multiple of one."""
+    while isinstance(value.op, Scale) or (isinstance(value.op, Opaque) and value.op.name in ("mul", "multiply")):
+        value = value.inputs[0]
+    return isinstance(value.op, Opaque) and value.op.name == "stack"
+
+
+def _is_overwritten(node: fx.Node) -> bool:
+    """Does a later call overwrite what this one returns?"""
+    return any(
+        user.args[:1] == (node,) and user.op != "call_module" and _canonical(user.op, user.target, (), user.kwargs)[1]
+        for user in node.users
+    )
+
+
 def _asks_for_rank(target: Any, args: Sequence[Any]) -> bool:
     return (target is getattr and args[1:] == ("ndim",)) or target in ("dim", "ndimension")
 
@@ -463,7 +492,7 @@ def _source_line(node: fx.Node) -> str:
 
 
 _FRONT_END = (
-    "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
+    "casts", "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
     "rearrange_calls", "symbolic_tier", "traced_value",
 )  # fmt: skip
 _TRACER_HOMES = (

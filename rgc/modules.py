@@ -13,6 +13,7 @@ from rgc.functions import (
     Handler,
     Lifting,
     activation,
+    adaptive_max_pool,
     avg_pool,
     batch_norm,
     conv,
@@ -126,6 +127,13 @@ def _max_pool_module(rank: int) -> Handler:
     return handle
 
 
+def _adaptive_max_pool_module(rank: int) -> Handler:
+    def handle(lifter: Lifting, module: Any, x: Any) -> Any:
+        return adaptive_max_pool(rank)(lifter, x, module.output_size, module.return_indices)
+
+    return handle
+
+
 def _upsample_module(lifter: Lifting, module: Any, x: Any) -> Any:
     return upsample(lifter, x, module.size, module.scale_factor, module.mode, module.align_corners,
                     module.recompute_scale_factor)  # fmt: skip
@@ -175,6 +183,8 @@ MODULES: dict[type[nn.Module], Handler] = {
     nn.InstanceNorm3d: _instance_norm_module(3),
     nn.AvgPool1d: _avg_pool_module(1), nn.AvgPool2d: _avg_pool_module(2), nn.AvgPool3d: _avg_pool_module(3),
     nn.MaxPool1d: _max_pool_module(1), nn.MaxPool2d: _max_pool_module(2), nn.MaxPool3d: _max_pool_module(3),
+    nn.AdaptiveMaxPool1d: _adaptive_max_pool_module(1), nn.AdaptiveMaxPool2d: _adaptive_max_pool_module(2),
+    nn.AdaptiveMaxPool3d: _adaptive_max_pool_module(3),
     nn.Upsample: _upsample_module,
     nn.ReLU: _activation_module("relu"), nn.ReLU6: _activation_module("relu6"),
     nn.LeakyReLU: _activation_module("leaky_relu", "negative_slope"), nn.ELU: _activation_module("elu", "alpha"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rgc.algebra import Conv, Linear, Scale, unit
+from rgc.algebra import Conv, Linear, Scale, Size, unit
 from rgc.errors import GraphError, require
 from rgc.ir import Operator, TensorType, Value
 
@@ -37,9 +37,13 @@ class Constant(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Identity(Linear):
-    """Returns its very input: ``nn.Identity``, dropout in evaluation."""
+    """Returns its very input: ``nn.Identity``, dropout in evaluation.
+
+    copies: in memory of its own, as ``x.clone()``. In a graph, where nothing is overwritten, that is no difference.
+    """
 
     reason: str = "identity"
+    copies: bool = False
     fresh: ClassVar[bool] = False
 
     @property
@@ -53,7 +57,7 @@ class Identity(Linear):
         return self.as_linear().as_conv(channels, spatial)
 
     def evaluate(self, *inputs: Any) -> Any:
-        return inputs[0]
+        return inputs[0].clone() if self.copies else inputs[0]
 
     def infer(self, *types: TensorType | None) -> TensorType | None:
         return types[0]
@@ -124,9 +128,11 @@ class AvgPool(Linear):
     ceil_mode: bool = False
     count_include_pad: bool = True
     divisor_override: int | None = None
+    size: Size | None = None  # the only spatial input size at which it stands for what the user wrote
 
     geometry: ClassVar[dict[str, Any]] = {
         "stride": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None,
+        "size": None,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -145,8 +151,28 @@ class AvgPool(Linear):
     def reach(self) -> tuple[int, int]:
         return max(self.window) - 1, max(self.stride)
 
+    @property
+    def any_size(self) -> bool:
+        return self.size is None
+
     def resampled(self, given: TensorType) -> int | None:
         return self.spatial
+
+    def at(self, size: Size | None) -> AvgPool:
+        """Without ``ceil_mode`` and with padding that counts, where that says the same at the size.
+
+        >>> pool = AvgPool((2,), (2,), (0,), ceil_mode=True)
+        >>> pool.at((6,)).ceil_mode, pool.at((7,)).ceil_mode, pool.at(None).ceil_mode
+        (False, True, True)
+        """
+        ceil = self.ceil_mode and set(self.stride) != {1}  # a stride of 1 leaves nothing to round
+        counts = self.count_include_pad or not any(self.padding) or self.divisor_override is not None
+        plain = replace(self, ceil_mode=False, count_include_pad=True)
+        if not ceil and counts:
+            return plain if self.ceil_mode or not self.count_include_pad else self
+        if size is None or not counts or any(map(_rounds_up, size, self.window, self.stride, self.padding)):
+            return self
+        return replace(plain, size=size)
 
     @property
     def keeps_constants(self) -> bool:
@@ -162,10 +188,12 @@ class AvgPool(Linear):
         if count is None:
             count = int(torch.tensor(self.window).prod())
         weight = torch.full((channels, 1, *self.window), 1.0 / count, dtype=torch.float64)
-        return Conv(weight, stride=self.stride, padding=self.padding, groups=channels)
+        return Conv(weight, stride=self.stride, padding=self.padding, groups=channels, size=self.size)
 
     def evaluate(self, *inputs: Any) -> Any:
         (x,) = inputs
+        if self.size is not None and tuple(x.shape[x.dim() - self.spatial :]) != self.size:
+            raise GraphError(f"{self.label}: holds at {self.size} only, got {list(x.shape)}")
         options = (self.window, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
         if self.spatial == 1:
             return F.avg_pool1d(x, *options)
@@ -422,6 +450,41 @@ class Opaque(Call):
     def _is_final(self) -> None: ...
 
 
+def is_adaptive_average(call: Structural) -> bool:
+    """Does it average over windows that follow the size?"""
+    return call.name.startswith(("adaptive_avg_pool", "AdaptiveAvgPool"))
+
+
+def average_pool_at(call: Structural, given: TensorType) -> AvgPool:
+    """The average pooling that an adaptive one is at the size of its input: all windows equal, side by side.
+
+    A `Refusal` where the size is free, or is no multiple of the output's.
+
+    >>> pool = Structural(F.adaptive_avg_pool1d, (Slot(0), 3))
+    >>> average_pool_at(pool, TensorType((1, 2, 12), torch.float32, fixed=True)).window
+    (4,)
+    """
+    spatial, made = call.resampled(given), call.infer(given)
+    require(is_adaptive_average(call) and spatial is not None, f"{call.label} is no adaptive average pooling")
+    assert spatial is not None and made is not None
+    size = given.size(spatial)
+    require(size is not None, f"{call.label} has windows of one size at a fixed size only (--passes all)")
+    assert size is not None
+    wanted = made.shape[len(made.shape) - spatial :]
+    require(
+        not any(n % o for n, o in zip(size, wanted, strict=True)),
+        f"{call.label} has windows of several sizes: {list(size)} is no multiple of {list(wanted)}",
+    )
+    window = tuple(n // o for n, o in zip(size, wanted, strict=True))
+    return AvgPool(window, window, (0,) * spatial, size=size)
+
+
+def _rounds_up(size: int, window: int, stride: int, padding: int) -> bool:
+    """Is there one more window with ``ceil_mode``? Not if it would start behind the padded input."""
+    rest = size + 2 * padding - window
+    return bool(rest % stride) and (rest // stride + 1) * stride < size + padding
+
+
 def _is_slot(leaf: object) -> bool:
     return isinstance(leaf, Slot)
 
@@ -522,6 +585,41 @@ class MaxPool(Operator):
         (x,) = inputs
         pool: Any = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[self.spatial]
         return pool(x, self.window, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return _meta(self, *types)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveMaxPool(Operator):
+    """The maximum of each of so many windows, as ``torch.nn.AdaptiveMaxPool2d``; None keeps the size of an axis."""
+
+    output_size: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if self.spatial not in (1, 2, 3):
+            raise GraphError(f"AdaptiveMaxPool: {self.output_size} must name 1 to 3 axes")
+
+    @property
+    def spatial(self) -> int:
+        """The number of axes of the windows."""
+        return len(self.output_size)
+
+    @property
+    def label(self) -> str:
+        return f"max pool to {'x'.join('all' if n is None else str(n) for n in self.output_size)}"
+
+    def resampled(self, given: TensorType) -> int | None:
+        return self.spatial
+
+    @property
+    def keeps_constants(self) -> bool:
+        return True
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        pool: Any = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}[self.spatial]
+        return pool(x, self.output_size if self.spatial > 1 else self.output_size[0])
 
     def infer(self, *types: TensorType | None) -> TensorType | None:
         return _meta(self, *types)
@@ -665,6 +763,7 @@ def completes(value: Value) -> bool:
 
 
 __all__ = [
-    "Activation", "Add", "AvgPool", "BatchNorm", "Call", "ChannelMean", "Concat", "Constant", "Flatten", "Identity",
-    "MaxPool", "Multiply", "Normalize", "Opaque", "Slot", "Structural", "Unflatten", "Upsample", "completes",
+    "Activation", "AdaptiveMaxPool", "Add", "AvgPool", "BatchNorm", "Call", "ChannelMean", "Concat", "Constant",
+    "Flatten", "Identity", "MaxPool", "Multiply", "Normalize", "Opaque", "Slot", "Structural", "Unflatten", "Upsample",
+    "average_pool_at", "completes", "is_adaptive_average",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from rgc.errors import GraphError
 from rgc.ir import Operator, Value, topological
 from rgc.operators import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
@@ -147,6 +148,8 @@ def _resampled(value: Value, given: list[Interval]) -> Interval:
             # With dilation, all that a window reads may be padding: then its maximum is -inf.
             hollow = any(p and d > 1 for p, d in zip(op.padding, op.dilation, strict=True))
             return Interval(-math.inf, given[0].upper) if hollow else given[0]
+        case AdaptiveMaxPool():  # every window reads an element, and nothing is padded
+            return given[0]
         case Upsample():
             return ANY if op.mode == "bicubic" else given[0]  # the others have no negative weights
         case Pad() | Gather() | Subsample() | PixelUnshuffle() | PixelShuffle():

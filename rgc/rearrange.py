@@ -336,6 +336,16 @@ class Flip(Selection):
 
 
 @dataclass(frozen=True)
+class Roll(Selection):
+    """``torch.roll(x, shift, 1)``: channel i becomes channel i + shift, and what leaves behind enters in front."""
+
+    shift: int
+
+    def steps(self, axes: int) -> tuple[Step, ...]:
+        return ((torch.roll, (self.shift, -1 - axes)),)
+
+
+@dataclass(frozen=True)
 class Shuffle(Selection):
     """``nn.ChannelShuffle``: channels as [groups, C / groups], transposed. The channel axis is the second."""
 
@@ -572,5 +582,5 @@ def _keeps_groups(chosen: Tensor, rows: Tensor, channels: int, groups: int) -> b
 
 __all__ = [
     "Assign", "BorderFill", "Flip", "Gather", "Listed", "Pad", "Piece", "PixelShuffle", "PixelUnshuffle",
-    "Rearrangement", "Selection", "Shuffle", "Slice", "Subsample", "ZeroChannels", "selecting",
+    "Rearrangement", "Roll", "Selection", "Shuffle", "Slice", "Subsample", "ZeroChannels", "selecting",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from rgc.rearrange import (
     Piece,
     PixelShuffle,
     PixelUnshuffle,
+    Roll,
     Selection,
     Shuffle,
     Sides,
@@ -126,6 +127,13 @@ def flip(lifter: Lifting, x: Any, *dims: Any) -> Value | None:
     return _along_channels(lifter, x, where[0], Flip()) if len(where) == 1 else None
 
 
+def roll(lifter: Lifting, x: Any, shifts: Any, dims: Any = ()) -> Value | None:
+    shift, where = (tuple(each) if isinstance(each, list | tuple) else (each,) for each in (shifts, dims))
+    if len(shift) != 1 or len(where) != 1 or not _are_numbers(shift):
+        return None
+    return _along_channels(lifter, x, where[0], Roll(shift[0]))
+
+
 def channel_shuffle(lifter: Lifting, x: Any, groups: Any) -> Value | None:
     return _along_channels(lifter, x, 1, Shuffle(int(groups))) if isinstance(groups, int) else None
 
@@ -207,11 +215,12 @@ def setitem(lifter: Lifting, x: Any, index: Any, value: Any) -> Value:
 #: Calls behind which a handler may still look: the lifting keeps what they read.
 LOOKED_THROUGH = frozenset({
     "chunk", "split", "split_with_sizes", "tensor_split", "view", "reshape", "unflatten", "transpose", "swapaxes",
-    "swapdims", "permute", "contiguous", "clone",
+    "swapdims", "permute", "contiguous", "clone", "t", "mul", "multiply",
 })  # fmt: skip
 
 REARRANGEMENTS: dict[str, Handler] = {
     "pad": pad, "getitem": getitem, "slice": slice_along, "narrow": narrow, "index_select": index_select, "flip": flip,
+    "roll": roll,
     "channel_shuffle": channel_shuffle, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
     "cat": concat, "concat": concat, "concatenate": concat, "view": reshape, "reshape": reshape, "flatten": flatten,
     "setitem": setitem,

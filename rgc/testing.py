@@ -48,9 +48,12 @@ def check(rewrite: Rewrite) -> None:
 
 
 def randomize(model: Model, seed: int = 0) -> Model:
-    """``model`` in eval mode with random batch norm statistics, gamma of both signs, and random biases; in place.
+    """``model`` in eval mode with random norm statistics, gamma of both signs, and random biases; in place.
 
-    Fresh models hide bugs: with the statistics of a new batch norm, and with zero biases, every border is right.
+    Fresh models hide bugs: with the statistics of a new batch norm, and with zero biases, every border is right. So
+    every other parameter whose elements are all the same (a layer scale of 1e-5, a head of zeros) becomes random as
+    well, of both signs, and of a size that keeps the activations where they are. Left alone are the slopes of
+    ``nn.PReLU`` and what is frozen (``requires_grad=False``): there a constant is meant, such as a decayed lambda.
 
     >>> bn = randomize(nn.BatchNorm2d(64))
     >>> bool((bn.weight < 0).any()), bool((bn.weight > 0).any()), bn.training
@@ -73,15 +76,31 @@ def randomize(model: Model, seed: int = 0) -> Model:
                 if module.weight is not None:
                     module.weight.mul_(_signs(module.weight.shape, generator).to(module.weight))
             fill(module._parameters.get("bias"), -0.5, 0.5)
-    return model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and module.weight is not None:
+                fill(module.weight, 0.5, 1.5)
+                module.weight.mul_(_signs(module.weight.shape, generator).to(module.weight))
+        meant = {id(slope) for module in model.modules() if isinstance(module, nn.PReLU) for slope in [module.weight]}
+        for parameter in model.parameters():
+            if parameter.requires_grad and id(parameter) not in meant and _is_constant(parameter):
+                fill(parameter, 0.4, 1.0)
+                inputs = parameter[0].numel() if sum(n > 1 for n in parameter.shape) > 1 else 1
+                parameter.mul_(_signs(parameter.shape, generator).to(parameter) / inputs**0.5)
+    model.eval()  # which returns None in models of other people
+    return model
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Signs at random, both of them where there is room for two."""
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     if signs.numel() > 1:
-        signs[0], signs[-1] = 1, -1
+        signs.view(-1)[0], signs.view(-1)[-1] = 1, -1
     return signs
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    flat = parameter.flatten()
+    return parameter.is_floating_point() and flat.numel() > 0 and bool((flat == flat[0]).all())
 
 
 def _check_example(rewrite: Rewrite, example: Example, seed: int) -> None:

@@ -74,7 +74,7 @@ def takes_shape_of_another(call: Operator) -> bool:
 _RESHAPES = frozenset({"flatten", "Flatten", "unflatten", "Unflatten", "reshape", "view", "squeeze", "unsqueeze"})
 
 
-_PERMUTATIONS = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+_PERMUTATIONS = frozenset({"t", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
 
 
 def _place(call: Structural | ChannelMean, given: TensorType, axis: int) -> int | None:
@@ -115,6 +115,8 @@ def _order(call: Operator, rank: int) -> list[int] | None:
     kind = call.name
     if kwargs or kind not in _PERMUTATIONS:
         return None
+    if kind == "t":
+        return list(range(rank))[::-1] if rank <= 2 else None
     if kind == "permute":
         return [dim % rank for dim in _integers(args)]
     first, second = args

@@ -77,6 +77,9 @@ def last_operators(body: Body, shape: tuple[int, ...]) -> list[Any]:
     (lambda m, x: torch.bmm(x, m.tall.unsqueeze(0).expand(x.size(0), 6, 4)), TOKENS),
     (lambda m, x: torch.baddbmm(m.four, x, m.tall.expand(x.shape[0], -1, -1), alpha=2), TOKENS),
     (lambda m, x: torch.inner(x, m.wide), TOKENS),
+    (lambda m, x: (m.wide @ x.t()).t(), VECTORS),
+    (lambda m, x: torch.mm(m.wide, x.T).transpose(0, 1), VECTORS),
+    (lambda m, x: torch.matmul(m.wide, x.permute(1, 0)).t(), VECTORS),
     (lambda m, x: torch.tensordot(x, m.tall, dims=1), TOKENS),
     (lambda m, x: torch.tensordot(x, m.wide, dims=([2], [1])), TOKENS),
     (lambda m, x: torch.einsum("bnc,dc->bnd", x, m.wide), TOKENS),
@@ -107,6 +110,7 @@ def test_a_product_that_contracts_the_channels_is_a_convolution(body: Body, shap
 
 
 @pytest.mark.parametrize(("body", "shape", "kinds"), [
+    (lambda m, x: m.wide @ x.t(), VECTORS, [Conv, Structural]),
     (lambda m, x: x @ m.six, TOKENS, [Conv, Structural]),
     (lambda m, x: torch.einsum("bnc,cd->bdn", x, m.tall), TOKENS, [Conv, Structural]),
     (lambda m, x: torch.einsum("bnc,c->bn", x, m.six), TOKENS, [Conv, Structural]),
@@ -132,7 +136,6 @@ def test_what_a_product_arranges_differently_is_permuted_behind_it(body: Body, s
     (lambda m, x: m.wide @ x, (*IMAGES[:1], 3, 6, 6)),  # two axes before the channels
     (lambda m, x: x[:, None] @ m.heads, TOKENS),  # another matrix for each head
     (lambda m, x: torch.inner(x, m.heads.transpose(1, 2)), TOKENS),
-    (lambda m, x: m.wide @ x.T, VECTORS),  # the batch would be an axis of the result
     (lambda m, x: torch.einsum("bc,db->dc", x, m.wide[:, :3]), VECTORS),
     (lambda m, x: torch.tensordot(x, m.heads, dims=2), (2, 3, 6)),
     (lambda m, x: torch.tensordot(x, m.heads.transpose(0, 1), dims=1), TOKENS),

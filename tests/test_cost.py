@@ -57,6 +57,12 @@ def test_views_inputs_and_constants_cost_no_time() -> None:
         assert cost([value], "depth", CPU) < 0.1
 
 
+def test_an_adaptive_pooling_takes_the_time_to_read_its_input() -> None:
+    x = source(8, 10)
+    pooled = Structural(torch.nn.AdaptiveAvgPool2d(2), (Slot(0),))(x)
+    assert CPU.seconds(pooled) > 8 * 10 * 10 * 4 / CPU.bandwidth
+
+
 def test_depth_counts_layers_and_a_bias_map_a_little() -> None:
     x = source(8, 10)
     plain = conv(8, 8, 1)(x)

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import rgc
-from rgc.emit import emit
+from rgc.emit import emit, operator_counts
+from rgc.example import Example
+from rgc.export_tier import trace_by_export
 from rgc.ir import Graph, Input, TensorType, Value
+from rgc.lift import lift
 from rgc.operators import Activation, Identity
 
 X = torch.randn(2, 4, 9, 8)
@@ -154,6 +157,8 @@ LAYERS |= {
     for layer in (
         nn.MaxPool2d((3, 2), (1, 2), (1, 0), (2, 1), ceil_mode=True),
         nn.MaxPool2d(2),
+        nn.AdaptiveMaxPool2d((3, None)),
+        nn.AdaptiveMaxPool2d(2),
         nn.Upsample(scale_factor=(1.5, 2), mode="bilinear", align_corners=True),
         nn.Upsample(scale_factor=1.3, mode="bilinear", recompute_scale_factor=True),
         nn.Upsample(size=(3, 5), mode="nearest-exact"),
@@ -167,6 +172,21 @@ def test_a_pooling_is_written_as_people_write_it() -> None:
     layers = (nn.MaxPool2d(2), nn.MaxPool2d((3, 2), 1), nn.AvgPool2d(3, 2, 1), nn.Upsample(scale_factor=2.0))
     compiled = rgc.compile(nn.Sequential(*layers).eval(), X)
     assert [repr(compiled.get_submodule(str(index))) for index in range(4)] == [repr(layer) for layer in layers]
+
+
+def test_views_and_sizes_of_an_exported_program_do_not_count() -> None:
+    """They come under the names of ATen."""
+
+    class Heads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, channels, height, width = x.shape
+            y = torch.relu(x).reshape(batch, 2, channels // 2, height * width).transpose(1, 2)
+            return torch.sigmoid(y.reshape(batch, channels, height, width))
+
+    example = Example((X.double(),))
+    source, _ = trace_by_export(Heads().eval().double(), example)
+    counted = operator_counts(lift(source, torch.float32, fixed=False))
+    assert counted == {"ReLU": 1, "transpose": 1, "clone": 1, "Sigmoid": 1}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -77,6 +77,12 @@ def _updated_by_methods(m: Any, x: Tensor) -> Tensor:
     lambda m, x: torch.sum(torch.stack([m.a(x), m.b(x), x], dim=2), dim=[2]),
     lambda m, x: torch.mean(torch.stack([m.a(x), m.b(x), x]), dim=0),
     lambda m, x: torch.stack([m.a(x)]).sum(0) + m.b(x),
+    lambda m, x: (torch.stack([m.a(x), m.b(x), x]) * m.c[1:].reshape(3, 1, 1, 1, 1)).sum(0),
+    lambda m, x: (m.c[:3, 0, 0] * torch.stack([m.a(x), m.b(x), x], -1)).sum(-1),
+    lambda m, x: torch.mul(torch.stack([m.a(x), m.b(x)], 1), m.c[2:].view(2, 1, 1, 1)).mean(1),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) * m.c[:2].reshape(2, 1, 1, 1, 1) * m.c[2:].view(2, 1, 1, 1, 1)).sum(0),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) / 3 * m.c[:2].reshape(2, 1, 1, 1, 1)).sum(0),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)).sum(0),
     lambda m, x: m.a(x) + m.a(x) + x + x,
     lambda m, x: m.a(x + x) - (x - x),
     lambda m, x: torch.add(m.a(x), m.b(x), alpha=-2.5),
@@ -129,6 +135,37 @@ def test_a_write_to_the_sum_of_a_stack_of_one_leaves_the_part_alone() -> None:
     compiled_equal(body)
 
 
+def test_a_write_to_a_part_of_a_weighted_stack_does_not_change_what_was_stacked() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = torch.stack([y, m.b(x)]) * m.c[:2].reshape(2, 1, 1, 1, 1)
+        y *= 3
+        return torch.relu(z.sum(0)) * torch.relu(y)
+
+    compiled_equal(body)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_adaptive_max_pooling_is_one_operator_as_a_function_and_as_a_layer(rank: int) -> None:
+    function = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[rank - 1]
+    layer = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)[rank - 1](2)
+    shape = (2, 4, *(7, 6, 5)[:rank])
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(torch.relu(x), [2] * rank) + self.layer(torch.sigmoid(x))  # type: ignore[arg-type, operator]
+
+    x = torch.randn(shape)
+    compiled = rgc.compile(Pooled().eval(), x)
+    assert compiled.report.ops_after[f"AdaptiveMaxPool{rank}d"] == 2 and torch.equal(compiled(x), Pooled().eval()(x))
+    indices = rgc.compile(nn.Sequential(nn.ReLU(), type(layer)(2, return_indices=True)).eval(), x)
+    assert len(indices(x)) == 2
+
+
 def test_a_value_added_to_itself_is_twice_the_value() -> None:
     (_, double) = lifted(lambda m, x: (lambda y: y + y)(m.a(x)))
     assert isinstance(double, Scale) and double.scale.tolist() == [2.0]
@@ -141,6 +178,10 @@ def test_a_value_added_to_itself_is_twice_the_value() -> None:
     lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(1),
     lambda m, x: torch.stack([m.a(x), m.b(x)]).sum((0, 1)),
     lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(0, keepdim=True),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) + 1).sum(0),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) * m.c[:2].reshape(2, 1, 1, 1, 1)).sum(2),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) * m.c[:2].reshape(2, 1, 1, 1, 1) * torch.relu(x)).sum(0),
+    lambda m, x: (torch.stack([m.a(x), m.b(x)]) * torch.linspace(1, 2, 9).reshape(9, 1)).sum(0),
     lambda m, x: torch.stack([m.a(x), m.b(x)]).mean(0, dtype=torch.float64).to(x.dtype),
     lambda m, x: torch.stack([m.a(x), torch.zeros_like(m.c.detach()).expand(4, 9, 8).expand(2, 4, 9, 8)]).amax(0),
 ])  # fmt: skip

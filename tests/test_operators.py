@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from rgc.errors import GraphError, Refusal
 from rgc.ir import Operator, TensorType, Value
 from rgc.operators import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
@@ -33,7 +35,9 @@ from rgc.operators import (
     Structural,
     Unflatten,
     Upsample,
+    average_pool_at,
     completes,
+    is_adaptive_average,
 )
 
 
@@ -512,3 +516,96 @@ def test_one_layer_does_a_normalisation_with_weights_along_its_own_axis_only() -
     x = Value(Identity(), (), type_of(random(2, 3, 4)))
     assert completes(per_channel[0](layer(x)))
     assert not completes(per_channel[0](x)) and not completes(Identity()(layer(x)))
+
+
+@given(
+    n=st.integers(1, 12), window=st.integers(1, 4), stride=st.integers(1, 4), padding=st.integers(0, 2),
+    ceil_mode=st.booleans(), count=st.booleans(), divisor=st.sampled_from([None, None, 3]), plane=st.booleans(),
+)  # fmt: skip
+def test_an_average_pooling_is_plain_at_just_the_sizes_where_a_plain_one_gives_the_same(
+    n: int, window: int, stride: int, padding: int, ceil_mode: bool, count: bool, divisor: int | None, plane: bool
+) -> None:
+    """Padding that is not counted is refused at every size, although some size may hide it."""
+    assume(2 * padding <= window <= n + 2 * padding)
+    rank = 2 if plane or divisor is not None else 1
+    pool = AvgPool((window,) * rank, (stride,) * rank, (padding,) * rank, ceil_mode, count, divisor)
+    x = random(1, 2, *[n] * rank)
+    plain = dataclasses.replace(pool, ceil_mode=False, count_include_pad=True)
+    given_, wanted = pool.evaluate(x), plain.evaluate(x)
+    same = given_.shape == wanted.shape and torch.allclose(given_, wanted, atol=1e-12)
+    there = pool.at((n,) * rank)
+    uneven = padding > 0 and not count and divisor is None
+    if uneven or not same:
+        with pytest.raises(Refusal, match="average fewer elements"):
+            there.as_conv(2, rank)
+        return
+    assert torch.allclose(there.as_conv(2, rank).evaluate(x), given_, atol=1e-12)
+    assert there.any_size == (not ceil_mode or stride == 1)
+    assert pool.at(None).ceil_mode == (ceil_mode and stride > 1)
+
+
+def test_an_average_pooling_that_was_made_plain_at_a_size_holds_there_only() -> None:
+    pool = AvgPool((2,), (2,), (0,), ceil_mode=True).at((6,))
+    assert pool.size == (6,) and not pool.any_size and pool.as_conv(3, 1).size == (6,)
+    with pytest.raises(GraphError, match=r"avg pool 2: holds at \(6,\) only, got \[1, 3, 7\]"):
+        pool.evaluate(random(1, 3, 7))
+    stride_of_one = AvgPool((2,), (1,), (0,), ceil_mode=True).at(None)
+    assert stride_of_one.any_size and not stride_of_one.ceil_mode
+
+
+@pytest.mark.parametrize(
+    ("call", "size", "wanted"),
+    [
+        (Structural(F.adaptive_avg_pool1d, (Slot(0), 3)), (12,), (4,)),
+        (Structural(F.adaptive_avg_pool2d, (Slot(0), (3, None))), (9, 5), (3, 1)),
+        (Structural(nn.AdaptiveAvgPool2d((1, 2)), (Slot(0),)), (7, 6), (7, 3)),
+        (Structural(nn.AdaptiveAvgPool3d(2), (Slot(0),)), (4, 6, 2), (2, 3, 1)),
+    ],
+)
+def test_an_adaptive_average_pooling_to_a_divisor_is_a_plain_one(
+    call: Structural, size: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    x = random(2, 3, *size)
+    pool = average_pool_at(call, TensorType(tuple(x.shape), x.dtype, fixed=True))
+    assert is_adaptive_average(call) and pool.window == pool.stride == wanted and pool.size == size
+    assert torch.allclose(pool.evaluate(x), call.evaluate(x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "fixed", "reason"),
+    [
+        (Structural(F.adaptive_avg_pool1d, (Slot(0), 5)), True, r"windows of several sizes: \[12\] is no multiple of"),
+        (Structural(F.adaptive_avg_pool1d, (Slot(0), 3)), False, "windows of one size at a fixed size only"),
+        (Structural("mean", (Slot(0), -1)), True, "mean is no adaptive average pooling"),
+    ],
+)
+def test_an_adaptive_average_pooling_of_uneven_windows_is_no_plain_one(
+    call: Structural, fixed: bool, reason: str
+) -> None:
+    with pytest.raises(Refusal, match=reason):
+        average_pool_at(call, TensorType((2, 3, 12), torch.float64, fixed))
+
+
+@pytest.mark.parametrize("layer", [
+    nn.AdaptiveMaxPool1d(3), nn.AdaptiveMaxPool2d((2, 5)), nn.AdaptiveMaxPool2d((None, 3)), nn.AdaptiveMaxPool3d(2),
+], ids=str)  # fmt: skip
+def test_an_adaptive_max_pool_is_the_layer_of_its_name(layer: nn.Module) -> None:
+    rank = int(type(layer).__name__[-2])
+    given_: Any = layer.output_size
+    op = AdaptiveMaxPool(given_ if isinstance(given_, tuple) else (given_,) * rank)
+    x = random(2, 3, *(7, 9, 8)[:rank])
+    assert torch.equal(op.evaluate(x), layer(x))
+    made = op.infer(TensorType(tuple(x.shape), x.dtype))
+    assert made is not None and made.shape == tuple(layer(x).shape)
+    assert op.resampled(made) == rank and op.keeps_constants and op.label.startswith("max pool to ")
+
+
+def test_an_adaptive_max_pool_names_one_to_three_axes() -> None:
+    with pytest.raises(GraphError, match=r"\(\) must name 1 to 3 axes"):
+        AdaptiveMaxPool(())
+
+
+def test_a_copy_has_memory_of_its_own_and_other_identities_have_not() -> None:
+    x = random(2, 3)
+    assert Identity("clone", copies=True).evaluate(x).data_ptr() != x.data_ptr()
+    assert Identity("detach").evaluate(x) is x

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rgc import (
     Activation,
+    AdaptiveMaxPool,
     Add,
     AvgPool,
     BatchNorm,
@@ -131,6 +132,7 @@ def linear_operator(draw: Any) -> Operator:
 
 
 RESAMPLINGS: tuple[Operator, ...] = (
+    AdaptiveMaxPool((SIZE, SIZE)),
     AvgPool((3, 3), (1, 1), (1, 1)),
     AvgPool((3, 3), (1, 1), (1, 1), count_include_pad=False),
     AvgPool((3, 3), (1, 1), (1, 1), divisor_override=2),
@@ -272,6 +274,7 @@ def ones(*shape: int) -> Tensor:
         (lambda: Conv(ones(1, 4, 1, 1), torch.arange(36.0).reshape(1, 6, 6), size=(6, 6))(between(0, 1)),
          Interval(0, 39)),
         (lambda: Conv(math.nan * ones(1, 4, 1, 1))(between(0, 1)), ANY),
+        (lambda: AdaptiveMaxPool((2, 2))(between(1, 2)), Interval(1, 2)),
         (lambda: AvgPool((2, 2), (2, 2), (1, 1))(between(1, 2)), Interval(0, 2)),
         (lambda: AvgPool((2, 2), (2, 2), (1, 1), count_include_pad=False)(between(1, 2)), Interval(1, 2)),
         (lambda: AvgPool((2, 2), (2, 2), (0, 0))(between(1, 2)), Interval(1, 2)),

@@ -26,6 +26,7 @@ from rgc.rearrange import (
     Piece,
     PixelShuffle,
     PixelUnshuffle,
+    Roll,
     Selection,
     Shuffle,
     Slice,
@@ -136,6 +137,8 @@ SELECTIONS: list[tuple[Selection, Any]] = [
     (Piece("tensor_split", 5, 0), lambda x: x.tensor_split(5, 1)[0]),
     (Listed((3, 0, 3, 11)), lambda x: x[:, [3, 0, 3, 11]]),
     (Flip(), lambda x: x.flip(1)),
+    (Roll(2), lambda x: torch.roll(x, 2, 1)),
+    (Roll(-7), lambda x: torch.roll(x, -7, 1)),
     (Shuffle(3), lambda x: nn.ChannelShuffle(3)(x)),
     (ZeroChannels(2, 3), lambda x: torch.cat([torch.zeros_like(x[:, :2]), x, torch.zeros_like(x[:, :3])], 1)),
 ]  # fmt: skip

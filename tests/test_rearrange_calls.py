@@ -106,8 +106,17 @@ def test_views_are_equal_at_every_size_and_cost_nothing(call: Any) -> None:
 
 
 @pytest.mark.parametrize("call", [
+    lambda m, x: torch.roll(x, 3), lambda m, x: x.roll((1, 2), (1, 2)), lambda m, x: x.roll(1, 3),
+    lambda m, x: x.roll((1, 2), (1, 1)), lambda m, x: torch.roll(x, 1, 0),
+])  # fmt: skip
+def test_a_roll_along_other_axes_than_the_channels_stays(call: Any) -> None:
+    assert "roll" in operators(lifted(Model(lambda m, x: torch.tanh(call(m, x)))))
+
+
+@pytest.mark.parametrize("call", [
     lambda m, x: x[:, 2:5], lambda m, x: x.chunk(2, 1)[1], lambda m, x: x.split([2, 6], 1)[1],
     lambda m, x: x[:, [2, 1, 0]], lambda m, x: x[:, torch.tensor([2, -1])], lambda m, x: x.flip(1),
+    lambda m, x: torch.roll(x, 3, 1), lambda m, x: x.roll(shifts=(-2,), dims=[1]),
     lambda m, x: torch.index_select(x, 1, torch.tensor([3, 3])), lambda m, x: F.channel_shuffle(x, 2),
     lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)), lambda m, x: x[:, 1::2, 1:-1], lambda m, x: x[..., ::2, ::2],
     lambda m, x: F.pixel_unshuffle(x, 2), lambda m, x: x.narrow(1, 0, 4), lambda m, x: x[:, :, 1:, ::3],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rgc import BatchNorm, Conv, Rewrite, Value, require, rewrite
 from rgc.errors import RgcError
@@ -107,6 +107,48 @@ def test_random_weights_are_the_same_for_the_same_seed_and_leave_nothing_at_its_
     for bn in (first[1], first[3]):  # type: ignore[index]
         assert isinstance(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None
         assert (bn.weight < 0).any() and (bn.weight > 0).any() and (bn.running_mean != 0).all() and (bn.bias != 0).all()
+
+
+class Heads(nn.Module):
+    """What fresh models leave constant, and a train() as some have it, which returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(
+            [nn.LayerNorm(16), nn.GroupNorm(4, 16), nn.RMSNorm(16), nn.InstanceNorm2d(16, affine=True)]
+        )
+        self.gamma = nn.Parameter(1e-6 * torch.ones(16, 1, 1))
+        self.implicit = nn.Parameter(torch.ones(1, 16, 1, 1))
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.head = nn.Linear(16, 64)
+        nn.init.zeros_(self.head.weight)
+        self.slope = nn.PReLU(16)
+        self.decayed = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+        self.trained = nn.Parameter(torch.arange(4.0))
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_no_parameter_is_left_constant_that_a_fresh_model_has_constant() -> None:
+    model = randomize(Heads()).requires_grad_(False)
+    assert isinstance(model, Heads) and not model.training
+    for norm in model.norms:
+        weight = norm.weight
+        assert isinstance(weight, Tensor) and (weight < 0).any() and (weight > 0).any()
+        assert float(weight.abs().min()) >= 0.4 and float(weight.abs().max()) <= 1.5
+    for parameter in (model.gamma, model.implicit):
+        assert (parameter < 0).any() and (parameter > 0).any() and 0.4 <= float(parameter.abs().min()) <= 1
+    assert 0.4 <= float(model.gate.abs()) <= 1
+    assert (model.head.weight < 0).any() and (model.head.weight > 0).any()
+    with torch.no_grad():
+        assert 0.3 < float(model.head(torch.randn(256, 16)).std()) < 3
+
+
+def test_what_is_trained_or_meant_to_be_constant_stays() -> None:
+    model = randomize(Heads())
+    assert bool((model.slope.weight == 0.25).all()) and float(model.decayed) == 1
+    assert model.trained.tolist() == [0, 1, 2, 3]
 
 
 def test_a_norm_without_parameters_or_statistics_is_taken_as_it_is() -> None:

@@ -176,9 +176,17 @@ def test_two_permutations_undo_each_other(first: Structural, second: Structural,
         assert torch.equal(second.evaluate(first.evaluate(X)), X)
 
 
+def test_a_transpose_of_a_matrix_undoes_itself_and_of_a_vector_is_nothing() -> None:
+    assert inverts(call("t"), call("transpose", 0, 1), 2) and inverts(call("permute", 1, 0), call(torch.t), 2)
+    assert not inverts(call("t"), call("permute", 0, 1), 2)
+    assert inverts(call("t"), call("t"), 1) and not inverts(call("t"), call("t"), 3)  # PyTorch refuses three axes
+
+
 def test_the_kinds_of_views_are_told_apart() -> None:
     assert is_reshape(call("flatten", 1)) and is_reshape(call(nn.Flatten())) and not is_reshape(call("permute", 0, 1))
-    assert is_permutation(call("transpose", 0, 1)) and not is_permutation(call("flatten", 1))
+    assert (
+        is_permutation(call("transpose", 0, 1)) and is_permutation(call("t")) and not is_permutation(call("flatten", 1))
+    )
     assert not is_reshape(Identity()) and not is_permutation(Identity())
     assert takes_shape_of_another(Opaque("reshape_as", (Slot(0), Slot(1))))
     assert not takes_shape_of_another(Opaque("reshape_as", (Slot(1), Slot(0))))

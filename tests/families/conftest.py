@@ -6,7 +6,6 @@ hide nothing, compiles it, and holds the result against eager PyTorch in float64
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -71,7 +70,7 @@ class _Written(nn.Module):
 def _becomes(
     model: nn.Module, shape: tuple[int, ...], ops: Mapping[str, int], *, passes: str = "default", any_size: bool = True
 ) -> CompiledModule:
-    model = _with_telling_weights(model)
+    model = randomize(model).double().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     compiled = rgc.compile(model, x, passes=passes, objective="depth")
@@ -87,20 +86,6 @@ def _becomes(
         _require_equal(model, compiled, torch.randn(each, generator=generator, dtype=torch.float64))
     _require_at_most(report, Counter(ops))
     return compiled
-
-
-def _with_telling_weights(model: nn.Module) -> nn.Module:
-    """`randomize`, and no parameter that a fresh model leaves constant (layer scales, implicit values, zero heads)."""
-    randomize(model)
-    model = model.double().requires_grad_(False)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if bool((parameter == parameter.flatten()[0]).all()):
-            size = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 0.6 + 0.4
-            sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-            kept = 1.0 if parameter.dim() <= 1 else 1 / math.sqrt(max(1, parameter[0].numel()))
-            parameter.copy_(kept * size * sign)
-    return model
 
 
 def _require_equal(model: nn.Module, compiled: CompiledModule, x: Tensor) -> None:
