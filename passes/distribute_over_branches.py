@@ -3,7 +3,7 @@
 Of a concatenation each branch takes its columns: W [Bx; Cy] = (W1 B)x + (W2 C)y, and a map that keeps the branches
 apart, such as a scale, leaves the concatenation: s [Bx; Cy] = [(s1 B)x; (s2 C)y]. The constant part of A goes into one
 branch, once. An upsampling at the end of a branch lets a map of the channels pass. Branches of one value are
-`merge_branches`.
+`merge_branches`. A convolution goes only where there is one at the end of each branch: elsewhere it would be another.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def distribute_over_difference(x: Value, y: Value, a: Layer, b: Layer, layer: La
 @distribute_over_branches.also(lambda x, y, a, b, up, layer: layer(up(a(x)) + b(y)))
 def distribute_over_lateral_sum(x: Value, y: Value, a: Layer, b: Layer, up: Upsample, layer: Layer) -> Value:
     require(_maps_channels(layer), f"{layer.label} reads several positions, so it does not pass {up.label}")
+    _require_room([a, b], layer)
     small, large = up(a(x)).tensor_type, b(y).tensor_type
     require(small.shape == large.shape, "the sum broadcasts one branch to the size of the other")
     return Add()(up(_composed(_without_constants(layer), a, x)), _composed(layer, b, y))
@@ -74,6 +75,7 @@ def _sum_of(branches: Sequence[tuple[Value, Layer]], layer: Layer, sign: int) ->
     (x, a), (y, b) = branches
     shapes = {op(value).tensor_type.shape for value, op in branches}
     require(len(shapes) == 1, "the sum broadcasts one branch to the size of the other")
+    _require_room([a, b], layer)
     return Add(sign)(_composed(layer, a, x), _composed(_without_constants(layer), b, y))
 
 
@@ -81,6 +83,7 @@ def _over_parts(branches: Sequence[tuple[Value, Layer]], cat: Concat, layer: Lay
     channels = [op(value).tensor_type.shape[cat.axis] for value, op in branches]
     if layer.spatial is not None:
         require(cat.axis == -layer.spatial - 1, f"{layer.label} acts along another axis than the concatenation")
+    _require_room([op for _, op in branches], layer)
     parts, apart = _parts(layer, channels)
     ends = [_composed(part, op, value) for part, (value, op) in zip(parts, branches, strict=True)]
     if apart:
@@ -89,6 +92,15 @@ def _over_parts(branches: Sequence[tuple[Value, Layer]], cat: Concat, layer: Lay
     for end in ends[1:]:
         total = Add()(total, end)
     return total
+
+
+def _require_room(ends: Sequence[Layer], layer: Layer) -> None:
+    """What is a factor per channel anyway has room for another one, not for a convolution."""
+    without = next((end.label for end in ends if not isinstance(end, Conv)), None)
+    require(
+        without is None or not isinstance(layer, Conv),
+        f"{without} would become a convolution of its own if it took up {layer.label}",
+    )
 
 
 def _parts(layer: Layer, channels: Sequence[int]) -> tuple[list[Linear], bool]:
@@ -208,6 +220,11 @@ def convolution_whose_groups_read_both_branches() -> nn.Module:
 @distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="broadcasts")
 def pointwise_layer_behind_a_sum_that_repeats_a_channel() -> nn.Module:
     return _TwoInputs(torch.add, nn.Conv2d(4, 6, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(6, 4, 1)).eval()
+
+
+@distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="would become a convolution of its own")
+def pointwise_layer_behind_a_sum_of_scales() -> nn.Module:
+    return _TwoInputs(torch.add, nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval()
 
 
 @distribute_over_branches.leaves_alone(shape=(2, 32, 28, 28), because="estimated slower")
