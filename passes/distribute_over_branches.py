@@ -3,7 +3,7 @@
 Of a concatenation each branch takes its columns: W [Bx; Cy] = (W1 B)x + (W2 C)y, and a map that keeps the branches
 apart, such as a scale, leaves the concatenation: s [Bx; Cy] = [(s1 B)x; (s2 C)y]. The constant part of A goes into one
 branch, once. An upsampling at the end of a branch lets a map of the channels pass. Branches of one value are
-`merge_branches`.
+`merge_branches`. A convolution goes only where there is one at the end of each branch: elsewhere it would be another.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def distribute_over_difference(x: Value, y: Value, a: Layer, b: Layer, layer: La
 @distribute_over_branches.also(lambda x, y, a, b, up, layer: layer(up(a(x)) + b(y)))
 def distribute_over_lateral_sum(x: Value, y: Value, a: Layer, b: Layer, up: Upsample, layer: Layer) -> Value:
     require(_maps_channels(layer), f"{layer.label} reads several positions, so it does not pass {up.label}")
+    _require_room([a, b], layer)
     small, large = up(a(x)).tensor_type, b(y).tensor_type
     require(small.shape == large.shape, "the sum broadcasts one branch to the size of the other")
     return Add()(up(_composed(_without_constants(layer), a, x)), _composed(layer, b, y))
@@ -74,30 +75,32 @@ def _sum_of(branches: Sequence[tuple[Value, Layer]], layer: Layer, sign: int) ->
     (x, a), (y, b) = branches
     shapes = {op(value).tensor_type.shape for value, op in branches}
     require(len(shapes) == 1, "the sum broadcasts one branch to the size of the other")
-    ends = _composed(layer, a, x), _composed(_without_constants(layer), b, y)
-    _require_no_factor(layer, (a, b))
-    return Add(sign)(*ends)
-
-
-def _require_no_factor(layer: Layer, ends: Sequence[Layer]) -> None:
-    """A weighted sum before one convolution is not two convolutions before a sum."""
-    weighted = isinstance(layer, Conv) and any(isinstance(end, Scale) for end in ends)
-    require(not weighted, f"a branch ends in a factor, which is cheaper than another {layer.label}")
+    _require_room([a, b], layer)
+    return Add(sign)(_composed(layer, a, x), _composed(_without_constants(layer), b, y))
 
 
 def _over_parts(branches: Sequence[tuple[Value, Layer]], cat: Concat, layer: Layer) -> Value:
     channels = [op(value).tensor_type.shape[cat.axis] for value, op in branches]
     if layer.spatial is not None:
         require(cat.axis == -layer.spatial - 1, f"{layer.label} acts along another axis than the concatenation")
+    _require_room([op for _, op in branches], layer)
     parts, apart = _parts(layer, channels)
     ends = [_composed(part, op, value) for part, (value, op) in zip(parts, branches, strict=True)]
-    _require_no_factor(layer, [op for _, op in branches])
     if apart:
         return cat(*ends)
     total = ends[0]
     for end in ends[1:]:
         total = Add()(total, end)
     return total
+
+
+def _require_room(ends: Sequence[Layer], layer: Layer) -> None:
+    """What is a factor per channel anyway has room for another one, not for a convolution."""
+    without = next((end.label for end in ends if not isinstance(end, Conv)), None)
+    require(
+        without is None or not isinstance(layer, Conv),
+        f"{without} would become a convolution of its own if it took up {layer.label}",
+    )
 
 
 def _parts(layer: Layer, channels: Sequence[int]) -> tuple[list[Linear], bool]:
@@ -177,10 +180,6 @@ def _cat(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, b], 1)
 
 
-def _weighted(a: Tensor, b: Tensor) -> Tensor:
-    return 0.25 * a + 0.75 * b
-
-
 def _top_down(a: Tensor, b: Tensor) -> Tensor:
     return F.interpolate(a, scale_factor=2.0, mode="nearest") + b
 
@@ -218,14 +217,14 @@ def convolution_whose_groups_read_both_branches() -> nn.Module:
     return _TwoInputs(_cat, nn.Conv2d(4, 6, 3), nn.Conv2d(4, 2, 3), nn.Conv2d(8, 8, 1, groups=2)).eval()
 
 
-@distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="cheaper than another conv")
-def pointwise_layer_behind_a_weighted_sum() -> nn.Module:
-    return _TwoInputs(_weighted, nn.Identity(), nn.Identity(), nn.Conv2d(4, 4, 1)).eval()
-
-
 @distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="broadcasts")
 def pointwise_layer_behind_a_sum_that_repeats_a_channel() -> nn.Module:
     return _TwoInputs(torch.add, nn.Conv2d(4, 6, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(6, 4, 1)).eval()
+
+
+@distribute_over_branches.leaves_alone(shape=(2, 4, 9, 8), because="would become a convolution of its own")
+def pointwise_layer_behind_a_sum_of_scales() -> nn.Module:
+    return _TwoInputs(torch.add, nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval()
 
 
 @distribute_over_branches.leaves_alone(shape=(2, 32, 28, 28), because="estimated slower")

@@ -35,7 +35,6 @@ LAYERS = {
                               nn.Conv2d(6, 5, 3, padding=1)),
     "strided": (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 1, stride=2)),
     "batch norm": (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)),
-    "norms that are summed": (nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3)),
 }  # fmt: skip
 
 
@@ -128,3 +127,17 @@ def test_it_fires_once_among_all_passes(calls: Any, compiled: Any) -> None:
     layers = {"a": nn.Conv2d(4, 6, 3), "b": nn.Conv2d(4, 2, 3), "last": nn.BatchNorm2d(8)}
     report = compiled(calls(of_two(concatenate), **layers), 2, 4, 9, 8, objective="depth")
     assert [firing.rewrite for firing in report.rewrites].count(NAME) == 1
+
+
+@pytest.mark.parametrize("combine", [torch.add, torch.sub, concatenate])
+def test_a_convolution_does_not_go_where_there_is_none(combine: Any, calls: Any, compiled: Any, reasons: Any) -> None:
+    width = 8 if combine is concatenate else 4
+    layers = {"a": nn.Conv2d(4, 4, 1), "b": nn.BatchNorm2d(4), "last": nn.Conv2d(width, 5, 1)}
+    report = compiled(calls(of_two(combine), **layers), 2, 4, 9, 8, passes=NAME, objective="depth")
+    assert report.rewrites == [] and "would become a convolution of its own" in reasons(report, NAME)
+
+
+def test_a_norm_goes_into_a_norm(calls: Any, compiled: Any) -> None:
+    layers = {"a": nn.Conv2d(4, 4, 1), "b": nn.BatchNorm2d(4), "last": nn.BatchNorm2d(8)}
+    report = compiled(calls(of_two(concatenate), **layers), 2, 4, 9, 8, passes=NAME, objective="depth")
+    assert [firing.rewrite for firing in report.rewrites] == [NAME]
