@@ -86,7 +86,8 @@ def _layer_names(value: Value) -> list[str]:
             kinds = _TRANSPOSED if op.transposed else _PLAIN
             return [kinds[op.spatial].__name__, *({"ones": "pad"}.get(extra, extra) for extra in op.extras)]
         case Scale():
-            return ["mul"] * (not bool((op.scale == 1).all())) + ["add"] * (not bool((op.shift == 0).all()))
+            has_factor, has_offset = not bool((op.scale == 1).all()), not bool((op.shift == 0).all())
+            return ["addcmul"] if has_factor and has_offset else ["mul"] * has_factor + ["add"] * has_offset
         case BatchNorm():
             return [f"BatchNorm{max(op.axes, 1)}d"]
         case Normalize():
@@ -277,14 +278,20 @@ class _Emitter:
         return self._function(value, operator.add, node, self._constant(value, bias_map, "bias_map"))
 
     def _scale(self, value: Value, op: Scale, x: fx.Node) -> fx.Node:
+        """One call, so that compiling the result again finds nothing to fold."""
         shape = (-1, *[1] * (op.axes or 0))
-        for function, tensor, neutral in ((operator.mul, op.scale, 1), (operator.add, op.shift, 0)):
-            if bool((tensor == neutral).all()):
-                continue
+        changing = [
+            (function, tensor)
+            for function, tensor, neutral in ((operator.mul, op.scale, 1), (operator.add, op.shift, 0))
+            if not bool((tensor == neutral).all())
+        ]
+        if len(changing) == 2:
+            scale, shift = (self._constant(value, tensor.view(shape), "scale") for _, tensor in changing)
+            return self._function(value, torch.addcmul, shift, x, scale)
+        for function, tensor in changing:
             if tensor.numel() == 1:
-                x = self._function(value, function, x, float(tensor))
-            else:
-                x = self._function(value, function, x, self._constant(value, tensor.view(shape), "scale"))
+                return self._function(value, function, x, float(tensor))
+            return self._function(value, function, x, self._constant(value, tensor.view(shape), "scale"))
         return x
 
     def _normalization(self, value: Value, op: Normalize, affine: Scale | None, x: fx.Node) -> fx.Node:

@@ -332,11 +332,25 @@ def _lerp(lifter: Lifting, start: Any, end: Any, weight: Any) -> Value | None:
 
 
 def _add_product(lifter: Lifting, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) -> Value | None:
-    """addcmul: x + value tensor1 tensor2."""
+    """addcmul: x + value tensor1 tensor2; of constants and one value, a single scale."""
+    factor, value_in = (tensor1, tensor2) if isinstance(tensor2, Value) else (tensor2, tensor1)
+    if isinstance(value_in, Value) and not isinstance(factor, Value) and not isinstance(x, Value) and value == 1:
+        return _scale(lifter, value_in, factor, x)
     product = _product(lifter, tensor1, tensor2)
     if product is None or isinstance(value, Value):
         return None
     return add(lifter, x, product, value)
+
+
+def _scale(lifter: Lifting, x: Value, factor: Any, offset: Any) -> Value | None:
+    """factor x + offset, both per channel along one axis."""
+    if not _are_floating(lifter, x):
+        return None
+    scale, shift = _per_channel(lifter, x, factor), _per_channel(lifter, x, offset)
+    if scale is None or shift is None or len({axes for _, axes in (scale, shift)} - {None}) > 1:
+        return None
+    axes = scale[1] if scale[1] is not None else shift[1]
+    return lifter.emit(Scale(scale[0], shift[0], axes), x)
 
 
 def _add_quotient(lifter: Lifting, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) -> Value | None:

@@ -46,7 +46,7 @@ def test_a_positive_batch_norm_meets_the_convolution_behind(pool: nn.Module, com
 
 def test_two_batch_norms_meet_too(compiled: Any) -> None:
     model = nn.Sequential(nn.ReLU(), batch_norm(c2=-1.0), nn.MaxPool2d(2), batch_norm())
-    assert compiled(model, 2, 4, 9, 8, random=False).ops_after["mul"] == 1
+    assert compiled(model, 2, 4, 9, 8, random=False).ops_after["addcmul"] == 1
 
 
 @pytest.mark.parametrize(
