@@ -5,7 +5,7 @@ A handler returns the value that a call makes, or None for a form that it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -359,14 +359,30 @@ def _add_quotient(lifter: Lifting, x: Any, tensor1: Any, tensor2: Any, value: An
 
 
 def _sum_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Value | None:
-    """A sum along the axis of a stack is the sum of what was stacked; other sums are structural."""
+    """A sum along the axis of a stack is the sum of what was stacked, where that may merge; others are structural."""
     parts = _stacked_along(lifter, x, dim)
-    if parts is None or keepdim or dtype is not None:
+    if parts is None or not _share_a_source(parts) or keepdim or dtype is not None:
         return None
     total: Value | None = parts[0]
     for part in parts[1:]:
         total = None if total is None else _sum(lifter, total, part, 1)
     return total
+
+
+def _share_a_source(parts: Sequence[Value]) -> bool:
+    """Are two of the values affine functions of one? If not, a stack and its sum are fewer calls than additions."""
+    sources: set[Value] = set()
+    for part in parts:
+        own = {part}
+        pending = [part]
+        while pending:
+            new = [each for value in pending if value.op.affine for each in value.inputs if each not in own]
+            own.update(new)
+            pending = new
+        if own & sources:
+            return True
+        sources |= own
+    return False
 
 
 def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Value | None:

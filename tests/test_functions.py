@@ -360,3 +360,17 @@ def test_a_reshape_of_tokens_to_an_image_splits_the_last_axis_alone(leading: Cal
 )
 def test_a_reshape_that_splits_other_axes_is_what_it_was(image: Callable[[Tensor], Tensor]) -> None:
     assert "unflatten" not in _labels(image, 3, 3, 3, 3)
+
+
+def test_a_sum_of_a_stack_of_what_cannot_merge_stays_one_call() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            return torch.stack([self.a(x), self.b(y), self.c(torch.tanh(y))]).sum(0)
+
+    report = rgc.compile(randomize(Heads()), torch.randn(2, 4), objective="depth").report
+    assert report.ops_after["add"] == 0 and report.ops_after["stack"] == 1 and report.ops_after["sum"] == 1
