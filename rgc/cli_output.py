@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,20 +47,20 @@ def print_error(message: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(doing: str) -> Iterator[None]:
-    """Say what is being done, and for how long, on a terminal, once it has taken a second."""
+def progress(doing: str) -> Iterator[Callable[[str], None]]:
+    """Say what is being done, and for how long, on a terminal, once it has taken a second; yields a way to say more."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
-        yield
+        yield lambda _: None
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     bar = Progress(*columns, console=errors, transient=True)
-    bar.add_task(one_line(doing), total=None)
+    task = bar.add_task(one_line(doing), total=None)
     timer = threading.Timer(_PATIENCE, bar.start)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield lambda detail: bar.update(task, description=one_line(f"{doing}: {detail}"))
     finally:
         timer.cancel()
         timer.join()
