@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rgc.calibration import machine_name
 from rgc.compiler import device_of, example_of, require_eval
 from rgc.errors import InputError
 from rgc.example import Example
@@ -173,22 +173,6 @@ def bench(
     return Measurement(*titles, machine_name(place), torch.__version__, shapes, comparisons, left_out)
 
 
-def machine_name(device: torch.device) -> str:
-    """What the hardware calls itself.
-
-    >>> bool(machine_name(torch.device("cpu")))
-    True
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as lines:
-            named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        named = ""
-    return named or platform.processor() or platform.machine()
-
-
 def _device(original: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is None:
         return device_of(original)
@@ -295,4 +279,4 @@ def _result(each: Comparison) -> str:
     return "equal" if each.settled else "unclear"
 
 
-__all__ = ["Comparison", "LeftOut", "Measurement", "bench", "machine_name"]
+__all__ = ["Comparison", "LeftOut", "Measurement", "bench"]

@@ -102,7 +102,10 @@ _OBJECTIVE = click.option(
     "--objective", type=click.Choice(["latency", "depth", "macs", "params"]), default="latency", show_default=True,
     help="What a merge has to improve.",
 )  # fmt: skip
-_TARGET = click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Whose cost model says what pays.")
+_TARGET = click.option(
+    "--target", metavar="cpu|cuda|FILE.json",
+    help="The machine whose costs say what pays: as rgc calibrate measured it, else by conservative figures.",
+)  # fmt: skip
 _EXPLAIN = click.option(
     "--explain", "where", metavar="WHERE",
     help="Say why a layer (layer1.0.conv1), each in a part (layer1.0) or a pair (conv1,conv2) is merged or not, "
@@ -364,11 +367,11 @@ def bench_command(
 
     from rgc.bench import bench
     from rgc.cli_files import load_compiled, load_original, write_text
-    from rgc.cli_options import example_for, parse_counts, parse_inputs, report_path
+    from rgc.cli_options import example_for, json_path, parse_counts, parse_inputs
     from rgc.cli_output import console, progress
 
     specs, batches, counts = parse_inputs(inputs), parse_counts("--batch", batch), parse_counts("--threads", threads)
-    place = report_path(report)
+    place = json_path("--report", report)
     with progress(f"loading {compiled}"):
         candidate = load_compiled(compiled, trust)
     with progress(f"loading {original}"):
@@ -383,6 +386,62 @@ def bench_command(
     if place is not None:
         write_text(place, found.to_json() + "\n")
     console().print(found)
+
+
+@cli.command(
+    "calibrate",
+    short_help="Measure this machine, so that merges are planned for it.",
+    epilog="""\b
+Examples:
+  rgc calibrate
+  rgc calibrate --threads 1
+  rgc calibrate --target cuda --dtype float16
+  rgc calibrate --output server.json    # for rgc compile --target server.json""",
+)
+@click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to measure.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="In which dtype.",
+)
+@click.option("--threads", metavar="N", help="With how many threads. Default: as PyTorch chooses.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 600),
+    default=150.0,
+    show_default=True,
+    help="For how long noisy measurements are repeated.",
+)
+@click.option("--output", metavar="FILE.json", help="Where to write. Default: the user's cache, where compile looks.")
+def calibrate_command(target: str, dtype: str, threads: str | None, seconds: float, output: str | None) -> None:
+    """Measure how fast this machine runs layers of every kind and size, in under three minutes.
+
+    rgc compile --target cpu (or cuda) then plans with these figures, for models of that dtype, run with as many
+    threads, by this version of PyTorch. Let nothing else run meanwhile.
+    """
+    import torch
+
+    from rgc.calibrate import calibrate
+    from rgc.calibration import cache_folder
+    from rgc.cli_options import json_path, parse_counts
+    from rgc.cli_output import console, print_calibration, progress_bar
+
+    place = json_path("--output", output)
+    counts = parse_counts("--threads", threads) or (torch.get_num_threads(),)
+    if len(counts) > 1:
+        raise InputError(f"--threads {threads}: one number at a time")
+    before = torch.get_num_threads()
+    torch.set_num_threads(counts[0])
+    try:
+        with progress_bar() as on_progress:
+            made = calibrate(target, getattr(torch, dtype), seconds=seconds, on_progress=on_progress)
+    finally:
+        torch.set_num_threads(before)
+    path = place or cache_folder() / made.key.file_name
+    made.save(path)
+    print_calibration(console(), made, path)
 
 
 @cli.command(

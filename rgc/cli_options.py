@@ -94,14 +94,14 @@ def parse_counts(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def report_path(report: str | None) -> Path | None:
-    """Where a JSON report goes; `InputError` for a place that cannot be written."""
-    if report is None:
+def json_path(option: str, given: str | None) -> Path | None:
+    """Where a JSON file goes; `InputError` for another suffix, and for a place that cannot be written."""
+    if given is None:
         return None
-    if not report.endswith(".json"):
-        raise InputError(f"--report {report}: this version writes .json reports only")
-    _require_writable("--report", Path(report), [])
-    return Path(report)
+    if not given.endswith(".json"):
+        raise InputError(f"{option} {given}: this version writes .json files only")
+    _require_writable(option, Path(given), [])
+    return Path(given)
 
 
 def example_for(model: nn.Module, specs: Sequence[InputSpec]) -> Example:
@@ -218,7 +218,7 @@ def _require_writable(option: str, place: Path, taken: Sequence[tuple[str, Path]
         raise InputError(f"{option} {place}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{option} {place}: the folder {folder} is not writable")
-    if option == "--report" and place.is_dir():
+    if place.suffix == ".json" and place.is_dir():
         raise InputError(f"{option} {place}: is a folder")
     for what, path in taken:
         if place.resolve() == path.resolve():

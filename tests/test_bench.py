@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rgc
 from rgc import bench
-from rgc.bench import NARROW, Comparison, LeftOut, Measurement, machine_name
+from rgc.bench import NARROW, Comparison, LeftOut, Measurement
 from rgc.errors import InputError
 from rgc.runtimes import Setting
 from rgc.samples import Ratio, Times
@@ -201,7 +201,3 @@ def test_json_holds_what_was_measured() -> None:
     assert entry["ratio"] == {"median": 2.0, "low": 1.5, "high": 2.5, "confidence": 0.96, "verdict": "faster"}
     assert entry["before"]["spread"] == 1.0 and entry["after"]["median"] == 1e-3
     assert plain["left_out"][0]["reason"] == "why" and plain["input_shapes"] == [[1, 3]]
-
-
-def test_the_machine_has_a_name() -> None:
-    assert machine_name(torch.device("cpu")).strip()
