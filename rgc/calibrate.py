@@ -88,11 +88,11 @@ def calibrate(
     with torch.no_grad():
         memory = _Memory.of(unique, device, dtype)
         calls = [*_reference_calls(memory), *(memory.layer(probe) for probe in unique)]
-        times = _measured(calls, timer or timer_for(device), now, seconds, on_progress)
+        times = fastest_times(calls, timer or timer_for(device), now=now, seconds=seconds, on_progress=on_progress)
     return _calibration(key, memory.side, unique, times)
 
 
-def _calibration(key: Key, side: int, probes: Sequence[Probe], times: Sequence[_Time]) -> Calibration:
+def _calibration(key: Key, side: int, probes: Sequence[Probe], times: Sequence[FastestTime]) -> Calibration:
     """The figures that the times of `_reference_calls` and of the probes, in this order, show."""
     rest = iter(times)
     product = 2 * side**3 / next(rest).median
@@ -117,7 +117,26 @@ def _beyond(overhead: float, seconds: float) -> float:
     return max(seconds - overhead, seconds / 20)
 
 
-def _measured(calls: Sequence[Call], timer: Timer, now: Clock, seconds: float, on_progress: Progress) -> list[_Time]:
+@dataclass(frozen=True)
+class FastestTime:
+    """The median of a call's fastest samples [s], and the distance of the first from the last, relative to it."""
+
+    median: float
+    spread: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> FastestTime:
+        """The summary of all samples of a call."""
+        kept = sorted(samples)[:KEPT]
+        median = statistics.median(kept)
+        return FastestTime(median, (kept[-1] - kept[0]) / median)
+
+
+def fastest_times(
+    calls: Sequence[Call], timer: Timer, *, now: Clock = time.perf_counter, seconds: float = 150.0,
+    on_progress: Progress = lambda done, of, doing: None,
+) -> list[FastestTime]:  # fmt: skip
+    """Measure ``calls`` in turn, round after round; the noisy ones again, until ``seconds`` are spent."""
     started = now()
     turns = []
     for index, call in enumerate(calls):
@@ -138,23 +157,9 @@ def _measured(calls: Sequence[Call], timer: Timer, now: Clock, seconds: float, o
             on_progress(done, max(done, total), doing)
         number += 1
         if number >= ROUNDS:
-            noisy = [index for index in noisy if _Time.of(samples[index]).spread > STEADY]
+            noisy = [index for index in noisy if FastestTime.of(samples[index]).spread > STEADY]
             total = done + len(noisy)
-    return list(map(_Time.of, samples))
-
-
-@dataclass(frozen=True)
-class _Time:
-    """The median of a call's fastest samples [s], and the distance of the first from the last, relative to it."""
-
-    median: float
-    spread: float
-
-    @staticmethod
-    def of(samples: Sequence[float]) -> _Time:
-        kept = sorted(samples)[:KEPT]
-        median = statistics.median(kept)
-        return _Time(median, (kept[-1] - kept[0]) / median)
+    return list(map(FastestTime.of, samples))
 
 
 def _turn(call: Call, timer: Timer) -> Turn:
@@ -324,4 +329,4 @@ def _linear() -> Iterable[Probe]:
         yield Probe(_conv(reads, makes, ()), (rows, reads))
 
 
-__all__ = ["Probe", "calibrate", "module_of", "standard_probes"]
+__all__ = ["FastestTime", "Probe", "calibrate", "fastest_times", "module_of", "standard_probes"]
