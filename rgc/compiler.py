@@ -241,7 +241,7 @@ def compile_with(model: nn.Module, example: Example, options: Options) -> Compil
     with unchanged_generators():
         subject = _Subject.of(model, example, own_dtype)
         captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
-    report = _report(subject, captured, attempt, children, options, passes, started)
+    report = _report(subject, captured, attempt, children, policy, passes, started)
     decisions = tuple((firing.rewrite, firing.where) for firing in attempt.record.firings)
     plan = Plan(copy_model(model, share_parameters=True), example, options, decisions)
     return CompiledModule.of(attempt.module, report, plan, example.cast(dtype))
@@ -454,7 +454,7 @@ def _is_channels_last(model: nn.Module) -> bool:
 
 
 def _report(
-    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], options: Options,
+    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], policy: Policy,
     passes: Sequence[Pass], started: float,
 ) -> Report:  # fmt: skip
     before = [captured.graph, *(child.before for child in children.values())]
@@ -468,8 +468,8 @@ def _report(
     return Report(
         model=type(subject.model).__name__,
         passes=tuple(each.name for each in passes),
-        objective=options.objective,
-        target=options.target or "cpu",
+        objective=policy.objective,
+        target=policy.target.name,
         tier=captured.tier,
         input_shapes=tuple(tuple(tensor.shape) for tensor in subject.proof_example.tensors),
         rewrites=record.firings,

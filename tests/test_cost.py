@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rgc
 from rgc import (
     Activation,
     Add,
@@ -247,3 +248,20 @@ def test_a_target_may_be_a_file(tmp_path: Path) -> None:
     assert target_named(str(tmp_path / "server.json")) == Target.of(made)
     with pytest.raises(InputError, match=r"elsewhere\.json: cannot be read"):
         target_named(str(tmp_path / "elsewhere.json"))
+
+
+def test_the_report_says_whose_figures_decided(tmp_path: Path) -> None:
+    model, x = torch.nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 8, 8)
+    calibration(k1x1_dense=((3.0, 4.0, 1.0, 64.0, 0.5),)).save(tmp_path / "server.json")
+    assert rgc.compile(model, x).report.target == "cpu"
+    assert rgc.compile(model, x, target=str(tmp_path / "server.json")).report.target == "cpu (calibrated)"
+
+
+def test_a_measured_bottleneck_stays_factored() -> None:
+    """Multiplied out it is 16 times the work: on a machine where both are equally efficient it does not pay."""
+    ones = tuple((reads, makes, 1.0, 784.0, 0.5) for reads in (8.0, 256.0) for makes in (8.0, 256.0))
+    target = Target.of(calibration(k1x1_dense=ones))
+    x = source(256, 28)
+    narrow = conv(256, 8, 1)(x)
+    wide = conv(8, 256, 1)(narrow)
+    assert cost([narrow, wide], "latency", target) < cost([conv(256, 256, 1)(x)], "latency", target)
