@@ -8,6 +8,7 @@ Counter({'Conv2d': 1})
 
 from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
+from rgc.bench import Measurement, bench
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
 from rgc.explainer import explain
@@ -68,12 +69,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean",
     "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph",
-    "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Multiply",
-    "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan",
-    "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural",
-    "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add",
-    "average_pool_at", "border", "carried_axis", "carrying_axis", "compile", "compose", "explain", "graph_pass",
-    "inverts", "is_adaptive_average", "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of",
-    "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another", "testing", "unit",
-    "verify",
+    "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Measurement",
+    "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad", "PixelShuffle",
+    "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError",
+    "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification",
+    "add", "average_pool_at", "bench", "border", "carried_axis", "carrying_axis", "compile", "compose", "explain",
+    "graph_pass", "inverts", "is_adaptive_average", "is_permutation", "is_reshape", "load", "models", "nn", "passes",
+    "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another", "testing",
+    "unit", "verify",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What can be done from a shell? ``rgc compile``, ``inspect``, ``verify`` and ``passes``.
+"""What can be done from a shell? ``rgc compile``, ``inspect``, ``verify``, ``bench``, ``calibrate`` and ``passes``.
 
 Exit status: 0 done, 1 not equivalent (nothing is written), 2 bad input or usage, 130 interrupted. Every error is one
 line on stderr. What a command needs is imported when it runs, so that help and usage errors come at once.
@@ -102,7 +102,10 @@ _OBJECTIVE = click.option(
     "--objective", type=click.Choice(["latency", "depth", "macs", "params"]), default="latency", show_default=True,
     help="What a merge has to improve.",
 )  # fmt: skip
-_TARGET = click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Whose cost model says what pays.")
+_TARGET = click.option(
+    "--target", metavar="cpu|cuda|FILE.json",
+    help="The machine whose costs say what pays: as rgc calibrate measured it, else by conservative figures.",
+)  # fmt: skip
 _EXPLAIN = click.option(
     "--explain", "where", metavar="WHERE",
     help="Say why a layer (layer1.0.conv1), each in a part (layer1.0) or a pair (conv1,conv2) is merged or not, "
@@ -296,6 +299,149 @@ def verify_command(
         found = compare(model, loaded, example_for(model, specs), level=level)
     print_verification(console(), found)
     return DONE if found.equal else NOT_EQUIVALENT
+
+
+@cli.command(
+    "bench",
+    short_help="Measure whether an artifact is faster.",
+    epilog="""\b
+Examples:
+  rgc bench model.pt model.fused.pt2
+  rgc bench model.pt model.fused.pt2 --batch 1,64 --threads 1,4 --runtimes eager
+  rgc bench model.pt model.onnx --seconds 60 --report times.json
+  rgc bench model.pt model.fused.pt2 --device cuda --dtype float16 --channels-last --cuda-graphs""",
+)
+@click.argument("original")
+@click.argument("compiled")
+@click.option(
+    "--runtimes",
+    default="eager,torch.compile,onnxruntime",
+    show_default=True,
+    metavar="NAMES",
+    help="Where both are run.",
+)
+@click.option("--batch", metavar="N[,N...]", help="Batch sizes. Default: that of the example.")
+@click.option("--threads", metavar="N[,N...]", help="Numbers of threads. Default: as PyTorch chooses.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "float64"]),
+    help="What both are cast to. Default: each one's own.",
+)
+@click.option("--channels-last", is_flag=True, help="Keep weights and images in that memory format.")
+@click.option("--device", help="cpu or cuda. Default: cpu.")
+@click.option("--cuda-graphs", is_flag=True, help="Replay each call as one launch.")
+@click.option("--pairs", type=int, default=15, show_default=True, help="How many pairs are measured at least.")
+@click.option(
+    "--seconds",
+    type=float,
+    default=20.0,
+    show_default=True,
+    help="For how long pairs are added, for each setting, while the interval is wide.",
+)
+@click.option("--report", metavar="FILE.json", help="Write all numbers here as well.")
+@_options(*_LOADING)
+def bench_command(
+    original: str,
+    compiled: str,
+    runtimes: str,
+    batch: str | None,
+    threads: str | None,
+    dtype: str | None,
+    channels_last: bool,
+    device: str | None,
+    cuda_graphs: bool,
+    pairs: int,
+    seconds: float,
+    report: str | None,
+    inputs: tuple[str, ...],
+    arch: str | None,
+    trust: bool,
+) -> None:
+    """Run ORIGINAL and COMPILED in turn and compare their times.
+
+    ORIGINAL is what rgc compile takes, COMPILED what it wrote (.pt2, .onnx or a folder) or another model. The ratio
+    comes with an interval, and it is the interval that says whether COMPILED is faster. An .onnx is run in onnxruntime
+    only. A folder holds Python code, so it takes --trust.
+    """
+    import torch
+
+    from rgc.bench import bench
+    from rgc.cli_files import load_compiled, load_original, write_text
+    from rgc.cli_options import example_for, json_path, parse_counts, parse_inputs
+    from rgc.cli_output import console, progress
+
+    specs, batches, counts = parse_inputs(inputs), parse_counts("--batch", batch), parse_counts("--threads", threads)
+    place = json_path("--report", report)
+    with progress(f"loading {compiled}"):
+        candidate = load_compiled(compiled, trust)
+    with progress(f"loading {original}"):
+        model = load_original(original, arch, trust)
+    with progress("measuring") as say:
+        found = bench(
+            model, candidate, example_for(model, specs), batch_sizes=batches, threads=counts,
+            dtype=None if dtype is None else getattr(torch, dtype), channels_last=channels_last, device=device,
+            runtimes=[name.strip() for name in runtimes.split(",")],
+            pairs=pairs, seconds=seconds, cuda_graphs=cuda_graphs, names=(original, compiled), on_progress=say,
+        )  # fmt: skip
+    if place is not None:
+        write_text(place, found.to_json() + "\n")
+    console().print(found)
+
+
+@cli.command(
+    "calibrate",
+    short_help="Measure this machine, so that merges are planned for it.",
+    epilog="""\b
+Examples:
+  rgc calibrate
+  rgc calibrate --threads 1
+  rgc calibrate --target cuda --dtype float16
+  rgc calibrate --output server.json    # for rgc compile --target server.json""",
+)
+@click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to measure.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="In which dtype.",
+)
+@click.option("--threads", metavar="N", help="With how many threads. Default: as PyTorch chooses.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 600),
+    default=150.0,
+    show_default=True,
+    help="For how long noisy measurements are repeated.",
+)
+@click.option("--output", metavar="FILE.json", help="Where to write. Default: the user's cache, where compile looks.")
+def calibrate_command(target: str, dtype: str, threads: str | None, seconds: float, output: str | None) -> None:
+    """Measure how fast this machine runs layers of every kind and size, in under three minutes.
+
+    rgc compile --target cpu (or cuda) then plans with these figures, for models of that dtype, run with as many
+    threads, by this version of PyTorch. Let nothing else run meanwhile.
+    """
+    import torch
+
+    from rgc.calibrate import calibrate
+    from rgc.calibration import cache_folder
+    from rgc.cli_options import json_path, parse_counts
+    from rgc.cli_output import console, print_calibration, progress_bar
+
+    place = json_path("--output", output)
+    counts = parse_counts("--threads", threads) or (torch.get_num_threads(),)
+    if len(counts) > 1:
+        raise InputError(f"--threads {threads}: one number at a time")
+    before = torch.get_num_threads()
+    torch.set_num_threads(counts[0])
+    try:
+        with progress_bar() as on_progress:
+            made = calibrate(target, getattr(torch, dtype), seconds=seconds, on_progress=on_progress)
+    finally:
+        torch.set_num_threads(before)
+    path = place or cache_folder() / made.key.file_name
+    made.save(path)
+    print_calibration(console(), made, path)
 
 
 @cli.command(

@@ -37,6 +37,24 @@ def load_artifact(artifact: str, trust: bool) -> nn.Module:
     return load(path, trust=trust, format=kind)
 
 
+def load_compiled(source: str, trust: bool) -> nn.Module:
+    """What is to be compared with an original: an artifact, or any model that `load_original` takes."""
+    if source.startswith("zoo:") or Path(source).suffix.lower() in (".pt", ".pth"):
+        return load_original(source, None, trust)
+    return load_artifact(source, trust)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all; `InputError` where it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rgc-", dir=path.absolute().parent) as workshop:
+            draft = Path(workshop) / path.name
+            draft.write_text(text)
+            os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write(compiled: CompiledModule, destination: Destination, source: str) -> Artifact:
     """Artifact and report, or neither; ``source``, where the model came from, is never overwritten."""
     protect = () if source.startswith("zoo:") else (source,)

@@ -29,6 +29,8 @@ _INTEGERS = {
 }
 #: More elements than this (8 GiB in float32) are a slip of the finger.
 _MOST_ELEMENTS = 2**31
+#: No batch and no number of threads is larger.
+_LARGEST_COUNT = 2**20
 _SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "python": "/"}
 #: Parts of torchvision whose models take something else than a batch of images.
 _NOT_IMAGES = ("detection", "video", "optical_flow")
@@ -76,6 +78,30 @@ def parse_inputs(texts: Sequence[str]) -> tuple[InputSpec, ...]:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"--input {repeated[0]}=...: is given twice")
     return specs
+
+
+def parse_counts(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Positive numbers separated by commas; None where the option is left out.
+
+    >>> parse_counts("--batch", "1,64")
+    (1, 64)
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= _LARGEST_COUNT for part in parts):
+        raise InputError(f"{option} {text}: is no positive number, nor several separated by commas")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def json_path(option: str, given: str | None) -> Path | None:
+    """Where a JSON file goes; `InputError` for another suffix, and for a place that cannot be written."""
+    if given is None:
+        return None
+    if not given.endswith(".json"):
+        raise InputError(f"{option} {given}: this version writes .json files only")
+    _require_writable(option, Path(given), [])
+    return Path(given)
 
 
 def example_for(model: nn.Module, specs: Sequence[InputSpec]) -> Example:
@@ -192,7 +218,7 @@ def _require_writable(option: str, place: Path, taken: Sequence[tuple[str, Path]
         raise InputError(f"{option} {place}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{option} {place}: the folder {folder} is not writable")
-    if option == "--report" and place.is_dir():
+    if place.suffix == ".json" and place.is_dir():
         raise InputError(f"{option} {place}: is a folder")
     for what, path in taken:
         if place.resolve() == path.resolve():

@@ -7,18 +7,19 @@ import os
 import sys
 import threading
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from rgc.artifact import Artifact
+    from rgc.calibration import Calibration
     from rgc.compiler import Trace
     from rgc.report import Verification
     from rgc.rewrite import Example, Pass, Term
@@ -48,24 +49,52 @@ def print_error(message: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(doing: str) -> Iterator[None]:
-    """Say what is being done, and for how long, on a terminal, once it has taken a second."""
+def progress(doing: str) -> Iterator[Callable[[str], None]]:
+    """Say what is being done, and for how long, on a terminal, once it has taken a second; yields a way to say more."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
-        yield
+        yield lambda _: None
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     bar = Progress(*columns, console=errors, transient=True)
-    bar.add_task(one_line(doing), total=None)
+    task = bar.add_task(one_line(doing), total=None)
     timer = threading.Timer(_PATIENCE, bar.start)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield lambda detail: bar.update(task, description=one_line(f"{doing}: {detail}"))
     finally:
         timer.cancel()
         timer.join()
         bar.stop()
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal; yields a way to say how much is done, of how much, and what is being done."""
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, doing: bar.update(task, completed=done, total=total, description=one_line(doing))
+
+
+def print_calibration(out: Console, made: Calibration, path: Path) -> None:
+    """What was measured, how well, and where it is kept."""
+    key = made.key
+    threads = f", {key.threads} thread{'s' * (key.threads > 1)}" if key.threads else ""
+    _print_heading(out, f"{key.device}: {key.target}, {key.dtype}{threads}, torch {key.torch_version}")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("highest rate", f"{made.peak / 1e9:,.0f} GFLOP/s")
+    speeds = [rate / 1e9 for _, rate in made.bandwidth]
+    table.add_row("bandwidth", f"{max(speeds):,.0f} GB/s in a cache, {speeds[-1]:,.0f} GB/s beyond")
+    calls = ", ".join(f"{kind} {1e6 * seconds:.1f} us" for kind, seconds in made.overhead.items())
+    table.add_row("smallest calls", calls)
+    table.add_row("measured", f"{made.count} calls, {len(made.efficiency)} kinds of kernels; noise {made.noise:.1%}")
+    out.print(table)
+    if made.unsettled:
+        out.print(Text(f"note: {made.unsettled} of them stayed noisy (over 5 %); let nothing else run and repeat it"))
+    out.print(Text(f"wrote {one_line(path)}"), soft_wrap=True)
 
 
 def print_written(out: Console, artifact: Artifact) -> None:

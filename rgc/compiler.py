@@ -122,6 +122,8 @@ def compile(
     passes: "default" (exact for any input size), "all" (also what holds at the example's size only), names (with ``-``
     taken away), pass objects, or files and modules of your own passes.
     objective: "latency" (merge what a cost model of ``target`` says pays), "depth", "macs" or "params".
+    target: "cpu" (the default), "cuda", or a file that `rgc calibrate` wrote; a name stands for the stored calibration
+    of this machine, and without one for conservative figures.
     dtype: the dtype of the result, by default the model's own.
     verify: "quick" or "full", how many inputs are drawn for the proof.
     strict: stop at the first rewrite whose check fails, instead of undoing it.
@@ -182,7 +184,7 @@ def trace(
         subject.proof_model, subject.proof_example, subject.expected, dtype,
         fixed=fixed, tolerance=subject.tolerance, compile_child=_no_child,
     )  # fmt: skip
-    graph, record = _rewritten(subject, captured, chosen, Policy(objective, target_named(target)))
+    graph, record = _rewritten(subject, captured, chosen, Policy(objective, target_named(target, dtype)))
     refusals = record.refused(graph)
     return Trace(graph, captured.tier, captured.notes, record.firings, refusals, captured.graph, record)
 
@@ -230,17 +232,16 @@ def device_of(model: nn.Module) -> torch.device:
 def compile_with(model: nn.Module, example: Example, options: Options) -> CompiledModule:
     """`compile` with everything said: the model is in eval mode and the example is a call of it."""
     started = time.perf_counter()
-    target = target_named(options.target)
     passes, fixed = resolve(options.passes)
     fixed = fixed if options.fixed_size is None else options.fixed_size
     own_dtype = floating_dtype(model, example)
     dtype = options.dtype or own_dtype
     example = example.cast(own_dtype)
-    policy = Policy(options.objective, target)
+    policy = Policy(options.objective, target_named(options.target, dtype))
     with unchanged_generators():
         subject = _Subject.of(model, example, own_dtype)
         captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
-    report = _report(subject, captured, attempt, children, options, passes, started)
+    report = _report(subject, captured, attempt, children, policy, passes, started)
     decisions = tuple((firing.rewrite, firing.where) for firing in attempt.record.firings)
     plan = Plan(copy_model(model, share_parameters=True), example, options, decisions)
     return CompiledModule.of(attempt.module, report, plan, example.cast(dtype))
@@ -453,7 +454,7 @@ def _is_channels_last(model: nn.Module) -> bool:
 
 
 def _report(
-    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], options: Options,
+    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], policy: Policy,
     passes: Sequence[Pass], started: float,
 ) -> Report:  # fmt: skip
     before = [captured.graph, *(child.before for child in children.values())]
@@ -467,8 +468,8 @@ def _report(
     return Report(
         model=type(subject.model).__name__,
         passes=tuple(each.name for each in passes),
-        objective=options.objective,
-        target=options.target or "cpu",
+        objective=policy.objective,
+        target=policy.target.name,
         tier=captured.tier,
         input_shapes=tuple(tuple(tensor.shape) for tensor in subject.proof_example.tensors),
         rewrites=record.firings,

@@ -1,35 +1,99 @@
 """What does an operator cost? Parameters, multiply-accumulates, and a roofline estimate of its time on a target.
 
-t = t0 + max(2 MAC / (eta peak), bytes / bandwidth), with eta by kind of kernel (DESIGN section 4). The defaults below
-are conservative figures for one machine of each kind, not measurements of yours.
+t = t0 + max(2 MAC / (eta peak), bytes / bandwidth). eta, the efficiency, belongs to a class of kernels (size, stride,
+groups) and depends on the channels and positions: it is interpolated between points that were measured, and never
+taken from outside of them or from another size of kernel without saying so. What runs around a convolution (a bias map,
+uneven padding) and what is no convolution costs passes over memory. The figures come from `rgc calibrate`; without it,
+from conservative ones for one machine of each kind, which are not measurements of yours.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+
 from rgc.algebra import Conv
+from rgc.calibration import Calibration, LayerSize, Point, read_calibration, stored_calibration
 from rgc.errors import InputError
 from rgc.ir import Input, TensorType, Value
-from rgc.operators import BatchNorm, Constant, Flatten, Structural, Unflatten, completes, is_adaptive_average
+from rgc.operators import AvgPool, BatchNorm, Constant, Flatten, Structural, Unflatten, completes, is_adaptive_average
 from rgc.rearrange import BorderFill, Gather, Rearrangement
 
 Objective = Literal["latency", "depth", "macs", "params"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
 
+#: How many measured points an efficiency is interpolated from, and how fast their weight falls with the distance.
+NEAREST, FALLOFF = 8, 3.0
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The rate of one class of kernels, as a part of the peak, where it was measured.
+
+    points: (input channels per group, output channels per group, groups, positions, efficiency).
+
+    >>> rising = Efficiency(((16.0, 16.0, 1.0, 784.0, 0.2), (64.0, 64.0, 1.0, 784.0, 0.8)))
+    >>> [(round(eta, 3), inside) for eta, inside in map(rising.at, [(32, 32, 1, 784), (128, 128, 1, 784)])]
+    [(0.4, True), (0.8, False)]
+    """
+
+    points: tuple[Point, ...]
+    _known: dict[LayerSize, tuple[float, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def at(self, size: LayerSize) -> tuple[float, bool]:
+        """The efficiency at ``size``, and whether that lies within what was measured (if not: that of the edge)."""
+        if size not in self._known:
+            self._known[size] = self._interpolated(size)
+        return self._known[size]
+
+    @cached_property
+    def _logarithms(self) -> np.ndarray:
+        logarithms: np.ndarray = np.log2(np.array(self.points))
+        return logarithms
+
+    def _interpolated(self, size: LayerSize) -> tuple[float, bool]:
+        places, rates = self._logarithms[:, :-1], self._logarithms[:, -1]
+        wanted = np.log2(np.array(size))
+        inside = np.clip(wanted, places.min(axis=0), places.max(axis=0))
+        distances = np.sqrt(((places - inside) ** 2).sum(axis=1))
+        nearest = np.argsort(distances, kind="stable")[:NEAREST]
+        if distances[nearest[0]] < 1e-9:
+            rate = rates[nearest[0]]
+        else:
+            weights = distances[nearest] ** -FALLOFF
+            rate = (weights * rates[nearest]).sum() / weights.sum()
+        return float(2**rate), bool(np.allclose(inside, wanted))
+
 
 @dataclass(frozen=True)
 class Target:
-    """A machine: peak arithmetic rate [FLOP/s], bandwidth [byte/s], time per call [s], efficiency by kernel."""
+    """A machine: peak rate [FLOP/s], time per call [s], bandwidth [byte/s] by size of a pass, efficiency by kernel.
+
+    overhead: of a layer ("conv", "linear") and of any other call ("pass"). bandwidth: (bytes of a pass, byte/s),
+    increasing in bytes. calibrated: do the figures come from measurements?
+    """
 
     name: str
     peak: float
-    bandwidth: float
-    overhead: float
-    efficiency: Mapping[str, float]
+    overhead: Mapping[str, float]
+    bandwidth: tuple[tuple[float, float], ...]
+    efficiency: Mapping[str, Efficiency]
+    calibrated: bool = False
+
+    @staticmethod
+    def of(calibration: Calibration) -> Target:
+        """The machine that was measured."""
+        efficiency = {name: Efficiency(points) for name, points in calibration.efficiency.items()}
+        name = f"{calibration.key.target} (calibrated)"
+        return Target(name, calibration.peak, calibration.overhead, calibration.bandwidth, efficiency, calibrated=True)
 
     def seconds(self, value: Value) -> float:
         """Estimated time of the operator that makes ``value``, at the example's shapes."""
@@ -38,36 +102,137 @@ class Target:
         if isinstance(value.op, Structural) and not is_adaptive_average(value.op):
             return 0.0
         if isinstance(value.op, Rearrangement) and value.op.is_view:
-            return 0.0 if isinstance(value.op, Gather) else self._copied_by_the_reader(value)
+            return 0.0 if isinstance(value.op, Gather) else self._moving(2 * _bytes(value.type))  # the reader copies it
         if isinstance(value.op, BorderFill):
-            return len(value.op.assignments) * self.overhead
-        compute = 2 * macs(value) / (self.peak * self.efficiency[_kernel_class(value)])
-        calls = 1 + len(_extras(value))
-        return calls * self.overhead + max(compute, _bytes_moved(value) / self.bandwidth)
+            return len(value.op.assignments) * self.overhead["pass"]
+        moving = self._moving(_bytes_moved(value))
+        if not isinstance(value.op, Conv | AvgPool):
+            return self.overhead["pass"] + moving
+        compute = 2 * work(value) / (self.peak * self._efficiency(value)[0])
+        kind = "linear" if isinstance(value.op, Conv) and value.op.spatial == 0 else "conv"
+        around = sum(self.overhead["pass"] + self._moving(size) for size in _passes_around(value))
+        return self.overhead[kind] + max(compute, moving) + around
 
-    def _copied_by_the_reader(self, value: Value) -> float:
-        """A view with gaps is free, but kernels read contiguous memory, so who reads it makes a copy."""
-        assert value.type is not None
-        return 2 * math.prod(value.type.shape) * value.type.dtype.itemsize / self.bandwidth
+    def is_measured(self, value: Value) -> bool:
+        """Does the estimate lie within what was measured on the machine?"""
+        if not isinstance(value.op, Conv | AvgPool):
+            return self.calibrated
+        return self.calibrated and self._efficiency(value)[1]
+
+    def _moving(self, size: float) -> float:
+        """The time of a pass over so many bytes: what fits into a cache moves faster."""
+        sizes = [known for known, _ in self.bandwidth]
+        place = bisect_right(sizes, size)
+        if place in (0, len(sizes)):
+            return size / self.bandwidth[min(place, len(sizes) - 1)][1]
+        (left, slow), (right, fast) = self.bandwidth[place - 1 : place + 1]
+        share = math.log(size / left) / math.log(right / left)
+        return size / (slow * math.pow(fast / slow, share))
+
+    def _efficiency(self, value: Value) -> tuple[float, bool]:
+        """The efficiency, and whether it was measured for such a kernel and size.
+
+        An unknown stride is that of stride 1; an unknown kernel is as slow as the slowest known one of its kind.
+        """
+        kernel, size = Kernel.of(value), layer_size(value)
+        if kernel.name in self.efficiency:
+            return self.efficiency[kernel.name].at(size)
+        without_stride = Kernel(kernel.extent, 1, kernel.kind, kernel.dilated)
+        if without_stride.name in self.efficiency:
+            return self.efficiency[without_stride.name].at(size)[0], False
+        alike = [each for name, each in self.efficiency.items() if name.split()[-1] == kernel.kind]
+        return min(each.at(size)[0] for each in alike or self.efficiency.values()), False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A class of kernels: what is known of one says nothing of another. ``name`` is its key, and ends in the kind."""
+
+    extent: str
+    stride: int
+    kind: str
+    dilated: bool = False
+
+    @staticmethod
+    def of(value: Value) -> Kernel:
+        """The class of a convolution, linear layer or average pool; one spatial axis counts as a row."""
+        op = value.op
+        if isinstance(op, AvgPool):
+            return Kernel(_extent(op.window), max(op.stride), "average")
+        assert isinstance(op, Conv)
+        if op.spatial == 0:
+            return Kernel("", 1, "linear")
+        kind = "transposed" if op.transposed else "dense" if op.groups == 1 else "grouped"
+        if op.groups == op.in_channels and op.groups > 1 and not op.transposed:
+            kind = "depthwise"
+        return Kernel(_extent(op.kernel), max(op.stride), kind, dilated=max(op.dilation) > 1)
+
+    @property
+    def name(self) -> str:
+        """``3x3/2 depthwise``."""
+        stride = "" if self.stride == 1 else f"/{self.stride}"
+        return f"{self.extent}{'d' * self.dilated}{stride} {self.kind}".strip()
+
+
+def _extent(window: tuple[int, ...]) -> str:
+    return "x".join(map(str, (1, *window) if len(window) == 1 else window))
+
+
+def layer_size(value: Value) -> LayerSize:
+    """What an efficiency depends on: channels read and made per group, groups, and positions of the whole batch."""
+    op, elements = value.op, math.prod(value.tensor_type.shape)
+    if isinstance(op, AvgPool):
+        channels = value.tensor_type.shape[-1 - op.spatial]
+        return 1.0, 1.0, float(channels), elements / channels
+    assert isinstance(op, Conv)
+    return op.in_channels / op.groups, op.out_channels / op.groups, float(op.groups), elements / op.out_channels
+
+
+def work(value: Value) -> int:
+    """Multiply-accumulates of a convolution, or additions of an average pool."""
+    if isinstance(value.op, AvgPool):
+        return math.prod(value.tensor_type.shape) * math.prod(value.op.window)
+    return macs(value)
+
+
+def _flat(efficiency: float) -> Efficiency:
+    return Efficiency(((1.0, 1.0, 1.0, 1.0, efficiency),))
+
+
+def _conservative(
+    linear: float, pointwise: float, small: float, large: float, depthwise: float, grouped: float
+) -> Mapping[str, Efficiency]:
+    """Efficiencies of a machine that nobody measured: one for each kind of kernel, at every size."""
+    dense = {"1x1": pointwise, **dict.fromkeys(("1x2", "1x3", "2x1", "3x1", "2x2", "3x3"), small), "5x5": large}
+    known = {"linear": linear, **{f"{extent} dense": value for extent, value in dense.items()}}
+    known |= {"3x3 depthwise": depthwise, "3x3 grouped": grouped, "3x3 transposed": large, "2x2 average": 1.0}
+    return {name: _flat(value) for name, value in known.items()}
 
 
 CPU = Target(
-    "cpu", peak=6e10, bandwidth=8e9, overhead=4e-6,
-    efficiency={"linear": 0.6, "1x1": 0.7, "3x3": 0.8, "kxk": 0.6, "depthwise": 0.08, "grouped": 0.3, "other": 1.0},
+    "cpu", peak=6e10, overhead=dict.fromkeys(("conv", "linear", "pass"), 4e-6), bandwidth=((1.0, 8e9),),
+    efficiency=_conservative(0.6, 0.7, 0.8, 0.6, 0.08, 0.3),
 )  # fmt: skip
 CUDA = Target(
-    "cuda", peak=3e13, bandwidth=1.2e12, overhead=5e-6,
-    efficiency={"linear": 0.6, "1x1": 0.6, "3x3": 0.8, "kxk": 0.4, "depthwise": 0.03, "grouped": 0.2, "other": 1.0},
+    "cuda", peak=3e13, overhead=dict.fromkeys(("conv", "linear", "pass"), 5e-6), bandwidth=((1.0, 1.2e12),),
+    efficiency=_conservative(0.6, 0.6, 0.8, 0.4, 0.03, 0.2),
 )  # fmt: skip
 TARGETS = {target.name: target for target in (CPU, CUDA)}
 
 
-def target_named(name: str | None) -> Target:
-    """The default figures for "cpu" (None) or "cuda"; `InputError` for any other name."""
-    target = TARGETS.get(name or "cpu")
-    if target is None:
-        raise InputError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
-    return target
+def target_named(name: str | None, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> Target:
+    """The machine called "cpu" (None) or "cuda", or the one that a file of `rgc calibrate` describes.
+
+    For a name: the calibration of this machine for ``dtype``, if `rgc calibrate` has stored one (in ``folder``, by
+    default the user's cache), otherwise conservative figures. `InputError` for anything else.
+    """
+    wanted = name or "cpu"
+    if wanted in TARGETS:
+        calibration = stored_calibration(wanted, dtype, folder)
+        return TARGETS[wanted] if calibration is None else Target.of(calibration)
+    if wanted.endswith(".json"):
+        return Target.of(read_calibration(Path(wanted)))
+    raise InputError(f"unknown target {wanted!r}; choose one of {', '.join(TARGETS)}, or a .json of rgc calibrate")
 
 
 def cost(values: Iterable[Value], objective: Objective, target: Target) -> float:
@@ -113,27 +278,28 @@ def _extras(value: Value) -> tuple[str, ...]:
     return value.op.extras if isinstance(value.op, Conv) else ()
 
 
+def _passes_around(value: Value) -> list[float]:
+    """The bytes of each pass that has to run around PyTorch's own convolution: read, written, and read beside."""
+    given, made = _bytes(value.inputs[0].type), _bytes(value.type)
+    return [2 * made + _bytes_of_bias(value) if extra == "add" else 2 * given for extra in _extras(value)]
+
+
+def _bytes_of_bias(value: Value) -> float:
+    bias = value.op.bias if isinstance(value.op, Conv) else None
+    return 0.0 if bias is None else float(bias.numel() * value.tensor_type.dtype.itemsize)
+
+
 def _bytes_moved(value: Value) -> float:
     moved = sum(_bytes(given.type) for given in (value, *value.inputs))
     width = value.type.dtype.itemsize if value.type is not None else 4
-    passes = (2 * _bytes((value if extra == "add" else value.inputs[0]).type) for extra in _extras(value))
-    return moved + sum(passes) + parameters(value) * width
+    return moved + parameters(value) * width
 
 
 def _bytes(given: TensorType | None) -> float:
-    return 0.0 if given is None else math.prod(given.shape) * given.dtype.itemsize
+    return 0.0 if given is None else float(math.prod(given.shape) * given.dtype.itemsize)
 
 
-def _kernel_class(value: Value) -> str:
-    op = value.op
-    if not isinstance(op, Conv):
-        return "other"
-    if op.spatial == 0:
-        return "linear"
-    if op.groups == op.in_channels and op.groups > 1:
-        return "depthwise"
-    if op.groups > 1:
-        return "grouped"
-    if set(op.kernel) == {1}:
-        return "1x1"
-    return "3x3" if max(op.kernel) <= 3 else "kxk"
+__all__ = [
+    "CPU", "CUDA", "OBJECTIVES", "Efficiency", "Kernel", "Objective", "Target", "cost", "layer_size", "macs",
+    "parameters", "target_named", "work",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rgc.compiler import trace
+from rgc.compiler import example_of, floating_dtype, trace
 from rgc.cost import Objective, target_named
 from rgc.engine import Policy
 from rgc.errors import InputError
@@ -52,7 +52,8 @@ def explain(
         added = [] if isinstance(passes, str) else [each for each in passes if not isinstance(each, str)]
         return trace(model, example_inputs, passes=["all", *added], objective=objective, target=target).graph
 
-    policy = Policy(objective, target_named(target))
+    dtype = floating_dtype(model, example_of(model, example_inputs))
+    policy = Policy(objective, target_named(target, dtype))
     story = Story(model, traced, resolve(passes)[0], policy, trace_at_fixed_size)
     places, gaps = _answer(story, where)
     named = passes if isinstance(passes, str) else ", ".join(str(getattr(each, "name", each)) for each in passes)

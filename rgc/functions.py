@@ -370,7 +370,7 @@ def _sum_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dt
 
 
 def _share_a_source(parts: Sequence[Value]) -> bool:
-    """Are two of the values affine functions of one? If not, a stack and its sum are fewer calls than additions."""
+    """Are two of the values affine functions of one, or is there one only? If not, a stack and its sum are fewer calls."""
     sources: set[Value] = set()
     for part in parts:
         own = {part}
@@ -382,7 +382,7 @@ def _share_a_source(parts: Sequence[Value]) -> bool:
         if own & sources:
             return True
         sources |= own
-    return False
+    return len(parts) == 1
 
 
 def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Value | None:

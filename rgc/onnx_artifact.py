@@ -76,23 +76,35 @@ class OnnxModel(nn.Module):
     ``output_names`` names them.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises InputError if onnxruntime cannot load the file."""
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """``threads``: how many it may use, by default as many as there are. Raises InputError if it cannot load it."""
         import onnxruntime
 
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # not to stderr: errors arrive as exceptions
+        if threads is not None:
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except _runtime_errors() as error:
             raise InputError(f"onnxruntime cannot load {Path(path).name}: {str(error).splitlines()[0]}") from error
-        self.session = session
+        self.path, self.session = path, session
         self.input_names = tuple(entry.name for entry in session.get_inputs())
         self.output_names = tuple(entry.name for entry in session.get_outputs())
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Raises InputError if the tensors do not match the model's inputs."""
+        arrays = self.feeds(*args, **kwargs)
+        try:
+            results = self.session.run(None, arrays)
+        except _runtime_errors() as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"onnxruntime cannot run the model on these inputs: {reason}") from error
+        return [torch.from_numpy(array) for array in results]
+
+    def feeds(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The call as onnxruntime takes it: an array for each input by name."""
         named = {name: value for name, value in kwargs.items() if name in self.input_names}
         rest = [value for name, value in kwargs.items() if name not in self.input_names]
         tensors = [leaf for leaf in pytree.tree_leaves((args, rest)) if isinstance(leaf, Tensor)]
@@ -101,13 +113,7 @@ class OnnxModel(nn.Module):
             got = len(tensors) + len(named)
             raise InputError(f"the model has inputs {', '.join(self.input_names)}; got {got} tensors")
         feeds = {**dict(zip(open_names, tensors, strict=True)), **named}
-        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in feeds.items()}
-        try:
-            results = self.session.run(None, arrays)
-        except _runtime_errors() as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"onnxruntime cannot run the model on these inputs: {reason}") from error
-        return [torch.from_numpy(array) for array in results]
+        return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in feeds.items()}
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import torch
 from hypothesis import HealthCheck, settings
 
 # The tests run in several processes and their tensors are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+# What somebody has calibrated on this machine must not decide what the tests see; subprocesses inherit this.
+_CACHE = tempfile.TemporaryDirectory(prefix="rgc-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Models are slow to build, and the first call of an operator is slower than the next: neither is a fault of a test.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)

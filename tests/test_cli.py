@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 import rgc
+from rgc import Conv, Deferred
+from rgc.calibrate import Probe
 from rgc.cli import run
 from rgc.cli_options import Destination, InputSpec, default_output, example_for
 from rgc.cli_output import one_line, pattern_text, progress
@@ -580,3 +582,98 @@ def test_the_console_script_exits_with_the_status(folder: Path, start: list[str]
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "rgc: --input 1x3xq: is no shape; write 1x3x224x224, name=1x16 or 1x16:int64\n"
+
+
+QUICK = ["--pairs", "6", "--seconds", "0.05", "--runtimes", "eager,onnxruntime"]
+
+
+@pytest.mark.parametrize("artifact", ["model.pt2", "model.onnx", "model/"])
+def test_bench_compares_an_artifact_with_its_original(
+    compiled: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, artifact: str
+) -> None:
+    report = tmp_path / "times.json"
+    original, made = str(compiled / "model.pt"), f"{compiled}/{artifact}"
+    assert run(["bench", original, made, "--trust", *SMALL, *QUICK, "--batch", "1,2", "--report", str(report)]) == 0
+    seen = capsys.readouterr()
+    assert seen.err == ""
+    found = json.loads(report.read_text())
+    runtimes = ["onnxruntime"] if artifact == "model.onnx" else ["eager", "onnxruntime"]
+    settings = [(each["setting"]["runtime"], each["setting"]["batch"]) for each in found["comparisons"]]
+    assert settings == [(runtime, batch) for runtime in runtimes for batch in (1, 2)]
+    assert (found["original"], found["compiled"]) == (original, made)
+    for runtime in runtimes:
+        assert runtime in seen.out
+    is_left_out = "is an ONNX file, which runs in onnxruntime only" in " ".join(seen.out.split())
+    assert is_left_out == (artifact == "model.onnx")
+
+
+def test_bench_compares_two_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "model.pt", "model.pt", *SMALL, *QUICK, "--threads", "1"]) == 0
+    assert "model.pt and model.pt on " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "--batch 0: is no positive number, nor several separated by commas"),
+        (["--threads", "1,x"], "--threads 1,x: is no positive number, nor several separated by commas"),
+        (["--runtimes", "tensorrt"], "unknown runtime 'tensorrt'; choose of eager, torch.compile, onnxruntime"),
+        (["--pairs", "3"], "3 pairs are too few for an interval; measure at least 6"),
+        (["--seconds", "-1"], "the time for a setting is a positive number of seconds, got -1"),
+        (["--device", "abacus"], "unknown device 'abacus'; use cpu or cuda"),
+        (["--cuda-graphs"], "CUDA graphs need device cuda, got cpu"),
+        (["--report", "times.html"], "--report times.html: this version writes .json files only"),
+        (["--report", "nowhere/times.json"], "--report nowhere/times.json: there is no folder"),
+    ],
+)
+def test_bench_refuses_wrong_options(fails: Fails, options: list[str], message: str) -> None:
+    assert message in fails("bench", "model.pt", "model.pt", *SMALL, *options)
+
+
+def test_bench_asks_for_trust_and_for_files_that_exist(fails: Fails, folder: Path) -> None:
+    assert "missing.pt2 does not exist" in fails("bench", "model.pt", "missing.pt2")
+    assert "missing.pt: no such file" in fails("bench", "missing.pt", "model.pt")
+    (folder / "made").mkdir()
+    assert "add --trust" in fails("bench", "model.pt", "made/")
+
+
+@pytest.fixture
+def few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `rgc calibrate` measures takes a minute; here it measures two layers."""
+    three = Deferred((4, 4, 3, 3), lambda: torch.zeros(4, 4, 3, 3))
+    probes = [Probe(Conv(three), (1, 4, 8, 8)), Probe(Conv(torch.zeros(4, 8)), (1, 8))]
+    monkeypatch.setattr("rgc.calibrate.standard_probes", lambda target: probes)
+
+
+@pytest.mark.usefixtures("few_probes")
+def test_calibrate_measures_and_compile_uses_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    threads = torch.get_num_threads()
+    assert run(["calibrate", "--seconds", "0", "--threads", str(threads)]) == 0
+    seen = capsys.readouterr()
+    assert seen.err == "" and "highest rate" in seen.out and "smallest calls" in seen.out
+    (written,) = (folder / "cache" / "rgc" / "calibrations").iterdir()
+    assert seen.out.splitlines()[-1] == f"wrote {written}"
+    assert run(["inspect", "model.pt", *SMALL, "--explain", "conv"]) == 0
+    assert "times estimated for cpu (calibrated)" in capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("few_probes")
+def test_calibrate_writes_a_file_that_compile_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["calibrate", "--seconds", "0", "--output", "server.json", "--dtype", "bfloat16", "--threads", "2"]) == 0
+    assert "cpu, bfloat16, 2 threads" in capsys.readouterr().out
+    assert run(["compile", "model.pt", *SMALL, "--target", "server.json"]) == 0
+    assert "proved equal" in capsys.readouterr().out
+
+
+def test_calibrate_refuses_wrong_options(fails: Fails) -> None:
+    assert "'tpu' is not one of 'cpu', 'cuda'" in fails("calibrate", "--target", "tpu")
+    assert "--threads 1,2: one number at a time" in fails("calibrate", "--threads", "1,2")
+    assert "--output speed.txt: this version writes .json files only" in fails("calibrate", "--output", "speed.txt")
+    assert "unknown target 'tpu'" in fails("compile", "model.pt", *SMALL, "--target", "tpu")
+    assert "server.json: cannot be read" in fails("compile", "model.pt", *SMALL, "--target", "server.json")
+    if not torch.cuda.is_available():
+        assert "target cuda: this PyTorch sees no GPU" in fails("calibrate", "--target", "cuda")
