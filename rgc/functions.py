@@ -370,7 +370,7 @@ def _sum_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, dt
 
 
 def _share_a_source(parts: Sequence[Value]) -> bool:
-    """Are two of the values affine functions of one, or is there one only? If not, a stack and its sum are fewer calls."""
+    """Are two of the values affine functions of one, or is there just one? If not, a stack and its sum are less."""
     sources: set[Value] = set()
     for part in parts:
         own = {part}
