@@ -15,15 +15,16 @@ from torch import nn
 
 from rgc.algebra import Conv, Scale
 from rgc.compiler import Trace
-from rgc.cost import Target
-from rgc.engine import Policy
+from rgc.cost import Target, cost
+from rgc.engine import Policy, build
+from rgc.errors import Refusal
 from rgc.explanation import Cost, Gain, Gap, Remedy
-from rgc.ir import Graph, Input, Value
+from rgc.ir import Graph, Input, Value, topological
 from rgc.neighbours import after, before, blend_at, branches, is_linear
 from rgc.nn import DecayedActivation, DecayedLeakyReLU
 from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Constant, Identity
 from rgc.passbook import resolve
-from rgc.rewrite import Pass
+from rgc.rewrite import Pass, Rewrite
 from rgc.what_if import (
     DEPTH,
     FIXED_SIZE,
@@ -44,6 +45,9 @@ from rgc.what_if import (
 
 #: Fading more activations than this at once is no advice.
 MOST_ACTIVATIONS = 3
+
+#: The pass that takes a residual through the activations beside it, which is made only if asked for by name.
+BY_NAME = "single_path"
 
 #: More ways out than this are no help.
 MOST_REMEDIES = 3
@@ -174,7 +178,7 @@ def described(value: Value) -> str:
 def _gap_of_chain(story: Story, first: Value, between: tuple[Value, ...], second: Value) -> Gap:
     ends = (short_name(first), short_name(second))
     obstacles = _obstacles(between)
-    reasons = _nonlinear(story, between)
+    reasons = [*_other_plans(story, first, second), *_nonlinear(story, between)]
     if not is_linear(first):
         obstacles.append(f"{described(first)} is not one operator with its branches; explain it first")
     if obstacles or len(reasons) > MOST_ACTIVATIONS:
@@ -182,6 +186,23 @@ def _gap_of_chain(story: Story, first: Value, between: tuple[Value, ...], second
         return Gap(ends, "chain", (*obstacles, *reasons), remedies)
     part = Part(first.inputs[0], (first, *between, second))
     return _gap(story, part, "chain", ends, reasons, bypassed=between)
+
+
+def _other_plans(story: Story, first: Value, second: Value) -> Iterator[str]:
+    """With what else the plan of a chain joined two that could have been one."""
+    told: set[tuple[str, str]] = set()
+    for (inner, outer), (mine, its) in story.traced.record.planned.items():
+        apart = set(inner.origin.paths) <= set(first.origin.paths) and set(outer.origin.paths) <= set(
+            second.origin.paths
+        )
+        ends = short_name(inner), short_name(outer)
+        if not apart or ends in told:
+            continue
+        told.add(ends)
+        for end, other, segment in ((inner, outer, mine), (outer, inner, its)):
+            if partners := [value for value in segment if value is not end]:
+                joined = f"it pays more to make {short_name(end)} one operator with {_listed(partners)}"
+                yield f"planned otherwise: {joined} than with {short_name(other)}"
 
 
 def _gap_of_sum(story: Story, value: Value) -> Gap:
@@ -220,6 +241,8 @@ def _gap(
     remedies = [_remedy(story, part, faded, solution) for solution in found]
     if not bypassed and not any(remedy.keeps_function and remedy.pays for remedy in remedies):
         remedies += _at_fixed_size(story, (part.values[0], part.sink))
+    if faded and kind == "sum":
+        remedies += _around_activations(story, part)
     if not remedies:
         reasons += _shared(story, part)
     remedies.sort(key=lambda remedy: (not remedy.pays, not remedy.keeps_function, len(remedy.changes)))
@@ -229,12 +252,53 @@ def _gap(
 def _remedy(story: Story, part: Part, faded: tuple[str, ...], solution: Solution) -> Remedy:
     made = [value for value in solution.merged.made if not isinstance(value.op, Constant)]
     staying = kept(story.graph, part)
-    dying = [value for value in part.values if value not in staying]
+    dying = [*(value for value in part.values if value not in staying), *solution.merged.others]
     gain = Gain(Cost.of(dying, story.target), Cost.of(made, story.target))
     changes = (*faded, *(edit.words for edit in solution.edits if edit is not DEPTH))
     keeps = not faded and all(edit.keeps_function for edit in solution.edits)
     result = " and ".join(value.op.label for value in made) or "nothing"
-    return Remedy(changes or (DEPTH.words,), result, gain, keeps, not solution.against, solution.against)
+    if others := solution.merged.others:
+        result += f" in place of {len(others) + 2} operators, with {_listed(others)}"
+    pays, note = not solution.against, ""
+    if solution.against.startswith("planned"):
+        note = f"{solution.against}: only --objective depth merges it"
+    elif pays and _is_dearer(story, made, dying):
+        pays, note = False, "with the zeros it costs more than now, by this estimate"
+    return Remedy(changes or (DEPTH.words,), result, gain, keeps, pays, note)
+
+
+def _around_activations(story: Story, part: Part) -> Iterator[Remedy]:
+    """What the pass that carries a residual through activations makes of a sum; they stay."""
+    (default, _), ((opt_in,), _) = resolve("default"), resolve(BY_NAME)
+    names = {each.name for each in story.passes}
+    if not {each.name for each in default} <= names - {BY_NAME} or readers(story.graph, part):
+        return
+    assert isinstance(opt_in, Rewrite)
+    for case in opt_in.cases:
+        for match in case.match(part.sink):
+            if set(match.interior) != set(part.values):
+                continue
+            try:
+                new = build(opt_in, case, match)
+            except Refusal:
+                continue
+            yield _single_path(story, part, topological([new], known=lambda value: value is part.source))
+            return
+
+
+def _single_path(story: Story, part: Part, made: list[Value]) -> Remedy:
+    gain = Gain(Cost.of(part.values, story.target), Cost.of(made, story.target))
+    labels = [value.op.label for value in made if not isinstance(value.op, Constant)]
+    passes = "all" if part.source.tensor_type.fixed else "default"
+    pays = not _is_dearer(story, made, part.values)
+    note = "" if pays else "costs more by this estimate; asked for by name, it is made anyway"
+    result = f"{', '.join(labels[:-1])} and {labels[-1]} in one path"
+    return Remedy((f"--passes {passes},{BY_NAME}",), result, gain, True, pays, note)
+
+
+def _is_dearer(story: Story, made: Sequence[Value], dying: Sequence[Value]) -> bool:
+    objective, target = story.policy.objective, story.policy.target
+    return cost(made, objective, target) > cost(dying, objective, target) * (1 + 1e-9)
 
 
 def _at_fixed_size(story: Story, ends: tuple[Value, Value]) -> tuple[Remedy, ...]:
