@@ -21,6 +21,7 @@ from rgc.errors import Refusal
 from rgc.explanation import Cost, Gain, Gap, Remedy
 from rgc.ir import Graph, Input, Value, topological
 from rgc.neighbours import after, before, blend_at, branches, is_linear
+from rgc.neighbours import between as ways_between
 from rgc.nn import DecayedActivation, DecayedLeakyReLU
 from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Constant, Identity
 from rgc.passbook import resolve
@@ -110,6 +111,15 @@ class Story:
     def sources(self, value: Value) -> list[tuple[str, Value]]:
         """The values of the traced model that went into ``value``, each with its path."""
         return [(path, each) for path in value.origin.paths for each in self.originals.get(path, [])]
+
+    def entrance(self, value: Value) -> str | None:
+        """The path of the one layer through which all that ``value`` reads enters; None where branches do."""
+        found = self.sources(value)
+        if any(isinstance(each.op, Add | Concat) for _, each in found):
+            return None
+        members = {each for _, each in found}
+        first = {path for path, each in found if ways_between(self.traced.original, members - {each}, {each}) is None}
+        return first.pop() if len(first) == 1 else None
 
     def convolution(self, value: Value) -> tuple[str, Conv] | None:
         """The path and operator of the user's one convolution that went into ``value``; None if it is not one."""
@@ -323,6 +333,10 @@ def _shared(story: Story, part: Part) -> Iterator[str]:
     for path, count in calls.items():
         if count > 1 and path in story.modules:
             yield f"{path} is called {count} times, so its options cannot be changed for this place alone"
+    for value in dict.fromkeys(value for pair in _padded_pairs(part) for value in pair):
+        several = len({path for path, each in story.sources(value) if isinstance(each.op, Conv)})
+        if several > 1:
+            yield f"{short_name(value)} was made of {several} convolutions, so no option of one layer moves its padding"
 
 
 def _undone(story: Story, part: Part) -> str:
@@ -359,8 +373,9 @@ def _obstacles(between: tuple[Value, ...]) -> list[str]:
     reasons = [
         f"{described(v)} is between them and is not affine: rgc leaves it as it is" for v in others if not v.op.affine
     ]
-    if views := " and ".join(described(value) for value in others if value.op.affine):
-        reasons.append(f"{views} between them: affine, but no rewrite of a pair looks through that")
+    if views := [described(value) for value in others if value.op.affine]:
+        be = "is" if len(views) == 1 else "are"
+        reasons.append(f"{' and '.join(views)} {be} between them: affine, but no rewrite of a pair looks through that")
     return reasons
 
 
@@ -415,10 +430,17 @@ def _moved_padding(story: Story, part: Part, first: Value, second: Value) -> Edi
     a, b = first.op, second.op
     ours, theirs = story.convolution(first), story.convolution(second)
     assert isinstance(b, Conv)
-    if theirs is None or theirs[1].padding != b.padding:
+    entrance = story.entrance(first)
+    if theirs is None or theirs[1].padding != b.padding or entrance is None or story.entrance(second) != theirs[0]:
         return None
     given = _option(left for left, _ in b.padding)
-    if isinstance(a, Conv) and _has_plain_padding(a) and ours is not None and ours[1].padding == a.padding:
+    if (
+        isinstance(a, Conv)
+        and _has_plain_padding(a)
+        and ours is not None
+        and ours[1].padding == a.padding
+        and entrance == ours[0]
+    ):
         wider = _option(p + s * q for (p, _), s, (q, _) in zip(a.padding, a.stride, b.padding, strict=True))
         words = f"padding={given} of {theirs[0]} moved to {ours[0]} (padding={wider}, then padding=0)"
         return Edit(words, False, move_padding(first, second))
@@ -430,7 +452,7 @@ def _moved_padding(story: Story, part: Part, first: Value, second: Value) -> Edi
     margin = tuple(s * q for s, (q, _) in zip(stride, b.padding, strict=True))
     sides = margin[:1] if len(set(margin)) == 1 else tuple(amount for m in reversed(margin) for amount in (m, m))
     zeros = f"nn.ZeroPad{b.spatial}d({', '.join(map(str, sides)) if len(sides) == 1 else sides})"
-    return Edit(f"{zeros} before {short_name(first)}, then padding=0 of {theirs[0]}", False, pad_ahead(second, margin))
+    return Edit(f"{zeros} before {entrance}, then padding=0 of {theirs[0]}", False, pad_ahead(second, margin))
 
 
 def _biased_convolution(story: Story, value: Value) -> str | None:

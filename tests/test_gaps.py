@@ -125,7 +125,7 @@ def test_a_view_between_is_named_and_what_a_fixed_size_makes_of_all_was_really_t
     tail = chain(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 12 * 11, 3))
     (gap,) = gaps(tail, "0,2")
     (reason,) = gap.reasons
-    assert reason.startswith("Flatten at 1 between them: affine")
+    assert reason.startswith("Flatten at 1 is between them: affine")
     (remedy,) = gap.remedies
     assert remedy.changes == ("fixed size: --passes all",) and remedy.keeps_function and remedy.pays
     assert remedy.result.endswith("in place of 3 operators")
@@ -204,6 +204,46 @@ def test_a_shared_activation_says_that_it_is_called_twice() -> None:
     act = nn.ReLU()
     gap = gaps(chain(pointwise(), act, pointwise(), act, pointwise()), "0,2")[0]
     assert gap.remedies[0].changes == ("replace ReLU 1 (called 2 times) by rgc.nn.DecayedActivation and decay it to 1",)
+
+
+def test_padding_of_several_branches_is_moved_by_no_option_of_one_layer() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow, self.last = (
+                nn.Conv2d(2, 2, 3, padding=1),
+                pointwise(),
+                nn.Conv2d(2, 2, 3, padding=1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.wide(x) + self.narrow(x))
+            return y
+
+    (gap,) = gaps(Branches(), "wide,last")
+    assert gap.remedies == () and gap.reasons[0].startswith("border ring")
+    assert gap.reasons[1] == "wide was made of 2 convolutions, so no option of one layer moves its padding"
+
+
+def test_padding_is_not_moved_past_a_skip_connection() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z: Tensor = y + self.last(y)
+            return z
+
+    (gap,) = gaps(Skips(), "first,last")
+    assert gap.remedies == () and gap.reasons[0].startswith("border ring")
+
+
+def test_zeros_go_before_the_layer_that_reads_the_input() -> None:
+    model = chain(nn.AvgPool2d(2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1))
+    (gap,) = gaps(model, "1,2")
+    assert [each.changes for each in gap.remedies] == [("nn.ZeroPad2d(1) before 0, then padding=0 of 2",)]
 
 
 def test_the_options_of_a_shared_convolution_are_not_changed_for_one_place() -> None:
