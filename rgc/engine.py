@@ -19,7 +19,7 @@ from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
-from rgc.planner import Planner, chain_around
+from rgc.planner import Planner
 from rgc.proof import check_firing
 from rgc.ranges import Interval, range_of
 from rgc.region import affine_regions, join_at, partial_joins_at
@@ -40,6 +40,10 @@ class Policy:
     limit: int | None = None  # stop after so many firings
 
 
+#: What two neighbours are joined with instead of each other, both sides with themselves.
+Segments = tuple[tuple[Value, ...], tuple[Value, ...]]
+
+
 @dataclass
 class Record:
     """What the engine did, would not do, and found wrong."""
@@ -48,6 +52,7 @@ class Record:
     failures: list[Failure] = field(default_factory=list)
     refusals: dict[tuple[str, Value | None], str] = field(default_factory=dict)  # None: the whole model
     broken: set[tuple[str, Value | None]] = field(default_factory=set)  # failed once, not tried there again
+    planned: dict[tuple[Value, Value], Segments] = field(default_factory=dict)  # of neighbours left apart for others
 
     def refused(self, graph: Graph) -> list[Refused]:
         """The refusals that still stand: those at values that the graph still holds."""
@@ -112,8 +117,7 @@ class _Worklist:
         self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(nodes)
         self.waiting = set(nodes)
-        self.pairs = [pair for pair in self.local if pair[1].is_pair]
-        self.planner = Planner(self._merged, lambda value: cost([value], policy.objective, policy.target))
+        self.planner = planner_of(rewrites, policy)
 
     def run(self) -> None:
         while not _exhausted(self.policy, self.record):
@@ -202,31 +206,10 @@ class _Worklist:
         if not case.is_pair:
             return False
         outer, inner = match.interior
-        chain = chain_around(self.graph, inner)
-        if len(chain) < 3 or outer not in chain:
-            return False
-        segments = self.planner.segments(chain)
-        mine, its = segments[chain.index(inner)], segments[chain.index(outer)]
-        if mine == its:
-            return True
-        members = zip(chain, segments, strict=True)
-        partners = [value.where for value, segment in members if segment in (mine, its) and value not in (inner, outer)]
-        require(not partners, f"planned otherwise: it pays more to merge with {', '.join(partners)}")
-        return False
-
-    def _merged(self, value: Value) -> Operator | None:
-        """What the rewrites of two operators in a row make of those that end in ``value``, as one operator."""
-        for rewrite, case in self.pairs:
-            if (rewrite.name, value.where) in self.policy.banned:
-                continue
-            for match in case.match(value):
-                try:
-                    new = build(rewrite, case, match)
-                except (Refusal, GraphError):
-                    continue
-                if new.inputs == value.inputs[0].inputs and new.type == value.type:
-                    return new.op
-        return None
+        segments = self.planner.segments_of(self.graph, inner, outer)
+        if segments is not None and segments[0] != segments[1]:
+            self.record.planned[inner, outer] = segments
+        return joined_by_plan(segments, inner, outer)
 
     def _freed(self, dying: list[Value]) -> list[Value]:
         gone = Counter(id(value.op) for value in dying)
@@ -248,6 +231,38 @@ class _Worklist:
             if value in self.graph and value not in self.waiting:
                 self.waiting.add(value)
                 self.pending.append(value)
+
+
+def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
+    """The planner of chains that asks the rewrites of two operators in a row, at the costs of ``policy``."""
+    pairs = [(rewrite, case) for rewrite in rewrites for case in rewrite.cases if case.is_pair]
+
+    def merged(value: Value) -> Operator | None:
+        for rewrite, case in pairs:
+            if (rewrite.name, value.where) in policy.banned:
+                continue
+            for match in case.match(value):
+                try:
+                    new = build(rewrite, case, match)
+                except (Refusal, GraphError):
+                    continue
+                if new.inputs == value.inputs[0].inputs and new.type == value.type:
+                    return new.op
+        return None
+
+    return Planner(merged, lambda value: cost([value], policy.objective, policy.target))
+
+
+def joined_by_plan(segments: Segments | None, first: Value, second: Value) -> bool:
+    """Does a plan join the two? Without one, False: the gain decides. A `Refusal` where it joins them with others."""
+    if segments is None:
+        return False
+    mine, its = segments
+    if mine == its:
+        return True
+    partners = [value.where for value in (*mine, *its) if value not in (first, second)]
+    require(not partners, f"planned otherwise: it pays more to merge with {', '.join(partners)}")
+    return False
 
 
 def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
@@ -402,4 +417,6 @@ def _exhausted(policy: Policy, record: Record) -> bool:
     return policy.limit is not None and len(record.firings) >= policy.limit
 
 
-__all__ = ["Policy", "Record", "apply", "build", "copy_graph", "require_gain"]
+__all__ = [
+    "Policy", "Record", "Segments", "apply", "build", "copy_graph", "joined_by_plan", "planner_of", "require_gain",
+]  # fmt: skip

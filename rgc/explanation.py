@@ -78,7 +78,7 @@ class Remedy:
     """What makes one operator of what is now several: all of ``changes`` together.
 
     ``keeps_function``: does the model still compute the same, so that it needs no further training? ``pays``: is the
-    result no slower by the cost model? ``note`` says what the cost model has against it.
+    result no slower by the cost model? ``note`` says what is against it, where that is not the two alone.
     """
 
     changes: tuple[str, ...]
@@ -195,7 +195,7 @@ def _printed_gap(gap: Gap, said: set[tuple[str, ...]]) -> Iterator[Text | Table]
         rows.append(("gains" if remedy.pays else "costs", str(remedy.gain)))
         if not remedy.pays:
             only = "" if remedy.changes == ("--objective depth",) else ": only --objective depth merges it"
-            rows.append(("but", f"does not pay by this estimate{only}"))
+            rows.append(("but", remedy.note or f"does not pay by this estimate{only}"))
     if not gap.remedies and gap.kind != "apart":
         rows.append(("change", "nothing was found that would make them one operator"))
     yield title

@@ -15,15 +15,17 @@ from torch import nn
 
 from rgc.algebra import Conv, Scale
 from rgc.compiler import Trace
-from rgc.cost import Target
-from rgc.engine import Policy
+from rgc.cost import Target, cost
+from rgc.engine import Policy, build
+from rgc.errors import Refusal
 from rgc.explanation import Cost, Gain, Gap, Remedy
-from rgc.ir import Graph, Input, Value
+from rgc.ir import Graph, Input, Value, topological
 from rgc.neighbours import after, before, blend_at, branches, is_linear
+from rgc.neighbours import between as ways_between
 from rgc.nn import DecayedActivation, DecayedLeakyReLU
 from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Constant, Identity
 from rgc.passbook import resolve
-from rgc.rewrite import Pass
+from rgc.rewrite import Pass, Rewrite
 from rgc.what_if import (
     DEPTH,
     FIXED_SIZE,
@@ -44,6 +46,9 @@ from rgc.what_if import (
 
 #: Fading more activations than this at once is no advice.
 MOST_ACTIVATIONS = 3
+
+#: The pass that takes a residual through the activations beside it, which is made only if asked for by name.
+BY_NAME = "single_path"
 
 #: More ways out than this are no help.
 MOST_REMEDIES = 3
@@ -106,6 +111,15 @@ class Story:
     def sources(self, value: Value) -> list[tuple[str, Value]]:
         """The values of the traced model that went into ``value``, each with its path."""
         return [(path, each) for path in value.origin.paths for each in self.originals.get(path, [])]
+
+    def entrance(self, value: Value) -> str | None:
+        """The path of the one layer through which all that ``value`` reads enters; None where branches do."""
+        found = self.sources(value)
+        if any(isinstance(each.op, Add | Concat) for _, each in found):
+            return None
+        members = {each for _, each in found}
+        first = {path for path, each in found if ways_between(self.traced.original, members - {each}, {each}) is None}
+        return first.pop() if len(first) == 1 else None
 
     def convolution(self, value: Value) -> tuple[str, Conv] | None:
         """The path and operator of the user's one convolution that went into ``value``; None if it is not one."""
@@ -174,7 +188,7 @@ def described(value: Value) -> str:
 def _gap_of_chain(story: Story, first: Value, between: tuple[Value, ...], second: Value) -> Gap:
     ends = (short_name(first), short_name(second))
     obstacles = _obstacles(between)
-    reasons = _nonlinear(story, between)
+    reasons = [*_other_plans(story, first, second), *_nonlinear(story, between)]
     if not is_linear(first):
         obstacles.append(f"{described(first)} is not one operator with its branches; explain it first")
     if obstacles or len(reasons) > MOST_ACTIVATIONS:
@@ -182,6 +196,23 @@ def _gap_of_chain(story: Story, first: Value, between: tuple[Value, ...], second
         return Gap(ends, "chain", (*obstacles, *reasons), remedies)
     part = Part(first.inputs[0], (first, *between, second))
     return _gap(story, part, "chain", ends, reasons, bypassed=between)
+
+
+def _other_plans(story: Story, first: Value, second: Value) -> Iterator[str]:
+    """With what else the plan of a chain joined two that could have been one."""
+    told: set[tuple[str, str]] = set()
+    for (inner, outer), (mine, its) in story.traced.record.planned.items():
+        apart = set(inner.origin.paths) <= set(first.origin.paths) and set(outer.origin.paths) <= set(
+            second.origin.paths
+        )
+        ends = short_name(inner), short_name(outer)
+        if not apart or ends in told:
+            continue
+        told.add(ends)
+        for end, other, segment in ((inner, outer, mine), (outer, inner, its)):
+            if partners := [value for value in segment if value is not end]:
+                joined = f"it pays more to make {short_name(end)} one operator with {_listed(partners)}"
+                yield f"planned otherwise: {joined} than with {short_name(other)}"
 
 
 def _gap_of_sum(story: Story, value: Value) -> Gap:
@@ -220,6 +251,8 @@ def _gap(
     remedies = [_remedy(story, part, faded, solution) for solution in found]
     if not bypassed and not any(remedy.keeps_function and remedy.pays for remedy in remedies):
         remedies += _at_fixed_size(story, (part.values[0], part.sink))
+    if faded and kind == "sum":
+        remedies += _around_activations(story, part)
     if not remedies:
         reasons += _shared(story, part)
     remedies.sort(key=lambda remedy: (not remedy.pays, not remedy.keeps_function, len(remedy.changes)))
@@ -229,12 +262,53 @@ def _gap(
 def _remedy(story: Story, part: Part, faded: tuple[str, ...], solution: Solution) -> Remedy:
     made = [value for value in solution.merged.made if not isinstance(value.op, Constant)]
     staying = kept(story.graph, part)
-    dying = [value for value in part.values if value not in staying]
+    dying = [*(value for value in part.values if value not in staying), *solution.merged.others]
     gain = Gain(Cost.of(dying, story.target), Cost.of(made, story.target))
     changes = (*faded, *(edit.words for edit in solution.edits if edit is not DEPTH))
     keeps = not faded and all(edit.keeps_function for edit in solution.edits)
     result = " and ".join(value.op.label for value in made) or "nothing"
-    return Remedy(changes or (DEPTH.words,), result, gain, keeps, not solution.against, solution.against)
+    if others := solution.merged.others:
+        result += f" in place of {len(others) + 2} operators, with {_listed(others)}"
+    pays, note = not solution.against, ""
+    if solution.against.startswith("planned"):
+        note = f"{solution.against}: only --objective depth merges it"
+    elif pays and _is_dearer(story, made, dying):
+        pays, note = False, "with the zeros it costs more than now, by this estimate"
+    return Remedy(changes or (DEPTH.words,), result, gain, keeps, pays, note)
+
+
+def _around_activations(story: Story, part: Part) -> Iterator[Remedy]:
+    """What the pass that carries a residual through activations makes of a sum; they stay."""
+    (default, _), ((opt_in,), _) = resolve("default"), resolve(BY_NAME)
+    names = {each.name for each in story.passes}
+    if not {each.name for each in default} <= names - {BY_NAME} or readers(story.graph, part):
+        return
+    assert isinstance(opt_in, Rewrite)
+    for case in opt_in.cases:
+        for match in case.match(part.sink):
+            if set(match.interior) != set(part.values):
+                continue
+            try:
+                new = build(opt_in, case, match)
+            except Refusal:
+                continue
+            yield _single_path(story, part, topological([new], known=lambda value: value is part.source))
+            return
+
+
+def _single_path(story: Story, part: Part, made: list[Value]) -> Remedy:
+    gain = Gain(Cost.of(part.values, story.target), Cost.of(made, story.target))
+    labels = [value.op.label for value in made if not isinstance(value.op, Constant)]
+    passes = "all" if part.source.tensor_type.fixed else "default"
+    pays = not _is_dearer(story, made, part.values)
+    note = "" if pays else "costs more by this estimate; asked for by name, it is made anyway"
+    result = f"{', '.join(labels[:-1])} and {labels[-1]} in one path"
+    return Remedy((f"--passes {passes},{BY_NAME}",), result, gain, True, pays, note)
+
+
+def _is_dearer(story: Story, made: Sequence[Value], dying: Sequence[Value]) -> bool:
+    objective, target = story.policy.objective, story.policy.target
+    return cost(made, objective, target) > cost(dying, objective, target) * (1 + 1e-9)
 
 
 def _at_fixed_size(story: Story, ends: tuple[Value, Value]) -> tuple[Remedy, ...]:
@@ -259,6 +333,10 @@ def _shared(story: Story, part: Part) -> Iterator[str]:
     for path, count in calls.items():
         if count > 1 and path in story.modules:
             yield f"{path} is called {count} times, so its options cannot be changed for this place alone"
+    for value in dict.fromkeys(value for pair in _padded_pairs(part) for value in pair):
+        several = len({path for path, each in story.sources(value) if isinstance(each.op, Conv)})
+        if several > 1:
+            yield f"{short_name(value)} was made of {several} convolutions, so no option of one layer moves its padding"
 
 
 def _undone(story: Story, part: Part) -> str:
@@ -295,8 +373,9 @@ def _obstacles(between: tuple[Value, ...]) -> list[str]:
     reasons = [
         f"{described(v)} is between them and is not affine: rgc leaves it as it is" for v in others if not v.op.affine
     ]
-    if views := " and ".join(described(value) for value in others if value.op.affine):
-        reasons.append(f"{views} between them: affine, but no rewrite of a pair looks through that")
+    if views := [described(value) for value in others if value.op.affine]:
+        be = "is" if len(views) == 1 else "are"
+        reasons.append(f"{' and '.join(views)} {be} between them: affine, but no rewrite of a pair looks through that")
     return reasons
 
 
@@ -351,10 +430,17 @@ def _moved_padding(story: Story, part: Part, first: Value, second: Value) -> Edi
     a, b = first.op, second.op
     ours, theirs = story.convolution(first), story.convolution(second)
     assert isinstance(b, Conv)
-    if theirs is None or theirs[1].padding != b.padding:
+    entrance = story.entrance(first)
+    if theirs is None or theirs[1].padding != b.padding or entrance is None or story.entrance(second) != theirs[0]:
         return None
     given = _option(left for left, _ in b.padding)
-    if isinstance(a, Conv) and _has_plain_padding(a) and ours is not None and ours[1].padding == a.padding:
+    if (
+        isinstance(a, Conv)
+        and _has_plain_padding(a)
+        and ours is not None
+        and ours[1].padding == a.padding
+        and entrance == ours[0]
+    ):
         wider = _option(p + s * q for (p, _), s, (q, _) in zip(a.padding, a.stride, b.padding, strict=True))
         words = f"padding={given} of {theirs[0]} moved to {ours[0]} (padding={wider}, then padding=0)"
         return Edit(words, False, move_padding(first, second))
@@ -366,7 +452,7 @@ def _moved_padding(story: Story, part: Part, first: Value, second: Value) -> Edi
     margin = tuple(s * q for s, (q, _) in zip(stride, b.padding, strict=True))
     sides = margin[:1] if len(set(margin)) == 1 else tuple(amount for m in reversed(margin) for amount in (m, m))
     zeros = f"nn.ZeroPad{b.spatial}d({', '.join(map(str, sides)) if len(sides) == 1 else sides})"
-    return Edit(f"{zeros} before {short_name(first)}, then padding=0 of {theirs[0]}", False, pad_ahead(second, margin))
+    return Edit(f"{zeros} before {entrance}, then padding=0 of {theirs[0]}", False, pad_ahead(second, margin))
 
 
 def _biased_convolution(story: Story, value: Value) -> str | None:

@@ -62,6 +62,22 @@ class Planner:
             self._plans[key] = (tuple(chain), self._planned(chain))  # the values are kept, and so are their ids
         return self._plans[key][1]
 
+    def segments_of(
+        self, graph: Graph, first: Value, second: Value
+    ) -> tuple[tuple[Value, ...], tuple[Value, ...]] | None:
+        """The segments that hold two neighbours in the plan of their chain; None where there is nothing to choose."""
+        chain = chain_around(graph, first)
+        if len(chain) < 3 or second not in chain:
+            return None
+        numbers = self.segments(chain)
+        mine, its = (numbers[chain.index(value)] for value in (first, second))
+        members = list(zip(chain, numbers, strict=True))
+        return tuple(v for v, n in members if n == mine), tuple(v for v, n in members if n == its)
+
+    def as_one(self, chain: Sequence[Value]) -> Operator | None:
+        """The whole chain as one operator; None where no rewrite makes it."""
+        return self._operators(chain)[0, len(chain) - 1]
+
     def _planned(self, chain: Sequence[Value]) -> list[int]:
         made = self._operators(chain)
         best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # cost, segments, start of the last segment

@@ -15,11 +15,13 @@ from types import MappingProxyType
 import torch
 
 from rgc.algebra import Conv, Linear
-from rgc.engine import Policy, build, require_gain
+from rgc.engine import Policy, build, joined_by_plan, planner_of, require_gain
 from rgc.errors import Refusal
-from rgc.ir import Graph, Input, Operator, TensorType, Value, topological
+from rgc.ir import Graph, Input, Operator, Value, topological
 from rgc.operators import BatchNorm, Constant
 from rgc.passbook import resolve
+from rgc.planner import LONGEST_CHAIN
+from rgc.rearrange import Pad
 from rgc.region import Join, join_at
 from rgc.rewrite import Case, Match, Pass, Rewrite
 
@@ -51,6 +53,10 @@ class Setting:
     margin: tuple[int, ...] = ()
     fixed: bool = False
 
+    def operator(self, value: Value) -> Operator:
+        """The operator at a value, after the changes so far."""
+        return self.operators.get(value, value.op)
+
     def changing(self, operators: Mapping[Value, Operator]) -> Setting:
         """The same with other operators at some values."""
         return replace(self, operators=MappingProxyType({**self.operators, **operators}))
@@ -77,15 +83,16 @@ FIXED_SIZE = Edit("fixed size: --passes all", True, lambda setting: _freeze_size
 
 @dataclass(frozen=True)
 class Merged:
-    """The part has become the values ``made``, by this rewrite."""
+    """The part has become the values ``made``, by this rewrite, together with ``others`` of its chain."""
 
     rewrite: str
     made: tuple[Value, ...]
+    others: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
 class Declined:
-    """No rewrite makes one operator of the part; ``by_cost`` says that one could, but it does not pay."""
+    """No rewrite makes one operator of the part; ``by_cost`` says that one could, but it, or the plan, does not pay."""
 
     reason: str
     by_cost: bool = False
@@ -102,7 +109,7 @@ class Solution:
 
 def ask(graph: Graph, part: Part, setting: Setting) -> Merged | Declined:
     """What the rewrites of ``setting`` make of ``part``: one operator, or the reason of the first that declined."""
-    twins = _rebuilt(part, setting)
+    twins = _rebuilt(part, setting, _enlarged(part, setting))
     staying = kept(graph, part)
     dying = [value for value in part.values if value not in staying and not isinstance(value.op, Constant)]
     going = _freed(graph, dying, [twins[value] for value in dying if value not in setting.bypassed], setting)
@@ -118,11 +125,13 @@ def ask(graph: Graph, part: Part, setting: Setting) -> Merged | Declined:
             continue
         made = topological([new], known={twins[part.source], *match.interior}.__contains__)
         try:
-            require_gain(setting.policy, going, made, next(iter(staying), None))
+            planned = _planned(graph, part, setting) if case.is_pair else None
+            if planned is None:
+                require_gain(setting.policy, going, made, next(iter(staying), None))
         except Refusal as refusal:
             declined = declined if declined and declined.by_cost else Declined(refusal.reason, by_cost=True)
             continue
-        return Merged(rewrite.name, tuple(made))
+        return Merged(rewrite.name, tuple(made)) if planned is None else replace(planned, rewrite=rewrite.name)
     return declined or Declined("")
 
 
@@ -170,36 +179,48 @@ def kept(graph: Graph, part: Part) -> list[Value]:
 
 def move_padding(first: Value, second: Value) -> Callable[[Setting], Setting]:
     """The second convolution's padding given to the first."""
-    a, b = first.op, second.op
-    assert isinstance(a, Conv) and isinstance(b, Conv)
-    sides = zip(a.padding, a.stride, b.padding, strict=True)
-    padding = tuple((l1 + s1 * l2, r1 + s1 * r2) for (l1, r1), s1, (l2, r2) in sides)
-    changed = {first: replace(a, padding=padding), second: replace(b, padding=0)}
-    return lambda setting: setting.changing(changed)
+
+    def apply(setting: Setting) -> Setting:
+        a, b = setting.operator(first), setting.operator(second)
+        assert isinstance(a, Conv) and isinstance(b, Conv)
+        sides = zip(a.padding, a.stride, b.padding, strict=True)
+        padding = tuple((l1 + s1 * l2, r1 + s1 * r2) for (l1, r1), s1, (l2, r2) in sides)
+        return setting.changing({first: replace(a, padding=padding), second: replace(b, padding=0)})
+
+    return apply
 
 
 def pad_ahead(second: Value, margin: tuple[int, ...]) -> Callable[[Setting], Setting]:
     """Zeros around the source of the part in place of the second convolution's padding."""
-    b = second.op
-    assert isinstance(b, Conv)
-    changed = {second: replace(b, padding=0)}
-    return lambda setting: replace(setting.changing(changed), margin=margin)
+
+    def apply(setting: Setting) -> Setting:
+        op = setting.operator(second)
+        assert isinstance(op, Conv)
+        return replace(setting.changing({second: replace(op, padding=0)}), margin=margin)
+
+    return apply
 
 
 def drop_bias(value: Value) -> Callable[[Setting], Setting]:
     """A convolution without its bias."""
-    op = value.op
-    assert isinstance(op, Conv)
-    changed = {value: replace(op, bias=None)}
-    return lambda setting: setting.changing(changed)
+
+    def apply(setting: Setting) -> Setting:
+        op = setting.operator(value)
+        assert isinstance(op, Conv)
+        return setting.changing({value: replace(op, bias=None)})
+
+    return apply
 
 
 def give_statistics(value: Value) -> Callable[[Setting], Setting]:
     """A batch norm with statistics of its own: any mean, so that no border is right by luck."""
-    op = value.op
-    assert isinstance(op, BatchNorm)
-    changed = {value: replace(op, training=False, mean=torch.ones_like(op.mean))}
-    return lambda setting: setting.changing(changed)
+
+    def apply(setting: Setting) -> Setting:
+        op = setting.operator(value)
+        assert isinstance(op, BatchNorm)
+        return setting.changing({value: replace(op, training=False, mean=torch.ones_like(op.mean))})
+
+    return apply
 
 
 def _freeze_size(setting: Setting) -> Setting:
@@ -209,20 +230,86 @@ def _freeze_size(setting: Setting) -> Setting:
     return replace(setting, passes=tuple(named.values()), fixed=True)
 
 
-def _rebuilt(part: Part, setting: Setting) -> dict[Value, Value]:
-    given = part.source.tensor_type
-    shape = list(given.shape)
-    for axis, amount in enumerate(setting.margin):
-        shape[len(shape) - len(setting.margin) + axis] += 2 * amount
-    kind = TensorType(tuple(shape), given.dtype, given.fixed or setting.fixed)
-    source = Value(Input("source"), (), kind, part.source.origin, part.source.name)
+def _planned(graph: Graph, part: Part, setting: Setting) -> Merged | None:
+    """What the plan of the chain around the part joins it into; None where the gain of the two alone decides.
+
+    Raises a `Refusal` where it pays more to merge with others.
+    """
+    neighbours, twins = _in_its_chain(graph, part, setting)
+    second, first = (twins[value] for value in reversed(part.values) if value not in setting.bypassed)
+    planner = planner_of([each for each in setting.passes if isinstance(each, Rewrite)], setting.policy)
+    segments = planner.segments_of(neighbours, first, second)
+    if not joined_by_plan(segments, first, second):
+        return None
+    assert segments is not None
+    (segment, _) = segments
+    real = {twin: value for value, twin in twins.items()}
+    others = tuple(real[twin] for twin in segment if twin in real and twin not in (first, second))
+    op = planner.as_one(segment)
+    assert op is not None  # a segment of a plan is one operator
+    source = segment[0].inputs[0]
+    zeros = (source,) if setting.margin and source is first.inputs[0] else ()  # what stays of them is made as well
+    return Merged("", (*zeros, op(source)), others)
+
+
+def _in_its_chain(graph: Graph, part: Part, setting: Setting) -> tuple[Graph, dict[Value, Value]]:
+    """The part as it would be, among the linear operators in a row before and behind it, and the twin of each value."""
+    ahead: list[Value] = []
+    at = part.source
+    while len(ahead) < LONGEST_CHAIN and _is_link(at) and graph.use_count(at) == 1:
+        ahead.append(at)
+        at = at.inputs[0]
+    x = source = _input_like(at, setting)
+    twins: dict[Value, Value] = {}
+    for value in reversed(ahead):
+        x = twins[value] = value.op(x)
+    if setting.margin:
+        x = Pad(tuple((amount, amount) for amount in setting.margin))(x)
+    rebuilt = _rebuilt(part, setting, x)
+    del rebuilt[part.source]  # which is ahead, or an input
+    twins |= rebuilt
+    at = part.sink
+    for _ in range(LONGEST_CHAIN):
+        if graph.use_count(at) != 1 or not graph.users(at) or not _is_link(graph.users(at)[0]):
+            break
+        (user,) = graph.users(at)
+        twins[user] = user.op(twins[at])
+        at = user
+    for value, twin in twins.items():
+        if value not in setting.bypassed:
+            twin.origin, twin.name = value.origin, value.name
+    needed = [twins[value] for value in kept(graph, part) if value not in setting.bypassed]
+    return Graph([source], (twins[at], *needed)), twins
+
+
+def _is_link(value: Value) -> bool:
+    return isinstance(value.op, Linear) and len(value.inputs) == 1
+
+
+def _enlarged(part: Part, setting: Setting) -> Value:
+    """A source for the part: an input of the size that it would read."""
+    source = _input_like(part.source, setting)
+    if not setting.margin:
+        return source
+    lead = source.tensor_type.shape[: -len(setting.margin)]
+    sizes = zip(source.tensor_type.shape[len(lead) :], setting.margin, strict=True)
+    source.type = source.tensor_type.with_shape((*lead, *(size + 2 * amount for size, amount in sizes)))
+    return source
+
+
+def _input_like(value: Value, setting: Setting) -> Value:
+    kind = replace(value.tensor_type, fixed=value.tensor_type.fixed or setting.fixed)
+    return Value(Input("source"), (), kind, value.origin, value.name)
+
+
+def _rebuilt(part: Part, setting: Setting, source: Value) -> dict[Value, Value]:
     twins = {part.source: source}
     for value in part.values:
         inputs = [twins.get(used, used) for used in value.inputs]
         if value in setting.bypassed:
             twins[value] = inputs[0]
             continue
-        twins[value] = setting.operators.get(value, value.op)(*inputs)
+        twins[value] = setting.operator(value)(*inputs)
         twins[value].origin, twins[value].name = value.origin, value.name
     return twins
 

@@ -533,8 +533,8 @@ def test_inspect_explains_a_pair(folder: Path, capsys: pytest.CaptureFixture[str
     assert run(["inspect", "two.pt", *SMALL, "--explain", where]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "conv1 -> conv2: not one operator because relu at act is not linear" in text
-    assert "change replace ReLU act by rgc.nn.DecayedActivation and decay it to 1 and fixed size: --passes all" in text
-    assert "gives conv 3x3 3->4 + bias map; another function: train it further gains" in text
+    assert "change replace ReLU act by rgc.nn.DecayedActivation and decay it to 1" in text
+    assert "gives conv 3x3 3->4 + ones; another function: train it further gains" in text
 
 
 def test_inspect_explains_under_the_passes_and_the_objective_that_are_asked_for(

@@ -19,7 +19,7 @@ from rgc.compiler import trace
 from rgc.cost import CPU
 from rgc.errors import InputError
 from rgc.explanation import Cost, Explanation, Gap, Remedy
-from rgc.ir import Input
+from rgc.ir import Input, Value
 from rgc.models import reducenet20, repvgg_a0
 from rgc.nn import DecayedActivation
 from rgc.testing import randomize
@@ -72,8 +72,8 @@ def changed(model: nn.Module, remedy: Remedy) -> tuple[nn.Module, dict[str, Any]
             model.set_submodule(found[1], randomize(nn.BatchNorm2d(old.num_features)))
         elif words == "fixed size: --passes all":
             options["passes"] = "all"
-        elif words == "--passes default":
-            options["passes"] = "default"
+        elif found := re.fullmatch(r"--passes (\S+)", words):
+            options["passes"] = found[1]
         else:
             assert words == "--objective depth", words
     if not remedy.pays:
@@ -92,21 +92,29 @@ def _pair(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def assert_kept_promise(model: nn.Module, x: Tensor, remedy: Remedy, **given: Any) -> None:
+def assert_kept_promise(
+    model: nn.Module, x: Tensor, remedy: Remedy, paths: tuple[str, ...] = ("first", "second"), **given: Any
+) -> None:
     """After the changes the layers are the one operator that was promised, at the cost that was promised."""
     other, options = changed(model, remedy)
     graph = trace(other, x, **{"passes": "default", **given, **options}).graph
-    made = [value for value in graph.nodes() if not isinstance(value.op, Input) and value.op.label != "ZeroPad2d"]
+    made = [
+        value for value in graph.nodes() if not isinstance(value.op, Input) and all(_holds(value, p) for p in paths)
+    ]
     labels = " and ".join(value.op.label for value in made)
     assert labels == remedy.result.split(" in place of ")[0], (remedy, str(graph))
     assert Cost.of(made, CPU) == remedy.gain.after
 
 
+def _holds(value: Value, path: str) -> bool:
+    return any(each == path or each.startswith(f"{path}.") for each in value.origin.paths)
+
+
 # --- promises ----------------------------------------------------------------------------------------------------
 
 
-def biased_pointwise() -> nn.Module:
-    return named(first=nn.Conv2d(8, 32, 1), second=nn.Conv2d(32, 8, 3, padding=1))
+def biased_pointwise_that_pads() -> nn.Module:
+    return named(first=nn.Conv2d(8, 32, 1, padding=1), second=nn.Conv2d(32, 8, 3, padding=1))
 
 
 def padded_twice() -> nn.Module:
@@ -115,12 +123,12 @@ def padded_twice() -> nn.Module:
 
 PROMISES: list[tuple[Callable[[], nn.Module], int, str, list[tuple[str, ...]]]] = [
     (
-        biased_pointwise,
+        biased_pointwise_that_pads,
         8,
         "its bias: exact only with a bias map at a fixed size",
         [
             ("fixed size: --passes all",),
-            ("padding=1 of second moved to first (padding=1, then padding=0)",),
+            ("padding=1 of second moved to first (padding=2, then padding=0)",),
             ("bias=False for first",),
         ],
     ),
@@ -163,10 +171,16 @@ PROMISES: list[tuple[Callable[[], nn.Module], int, str, list[tuple[str, ...]]]] 
         [("decay act to 1 (now 0.25)",)],
     ),
     (
-        lambda: named(first=nn.BatchNorm2d(8), second=nn.Conv2d(8, 8, 3, padding=1)),
+        lambda: named(first=nn.AvgPool2d(2, 1), second=nn.Conv2d(8, 8, 3, padding=1)),
         8,
-        "not as its bias: exact only with a bias map at a fixed size",
-        [("fixed size: --passes all",), ("nn.ZeroPad2d(1) before first, then padding=0 of second",)],
+        "border ring: conv 3x3 8->8 reads a ring 1 wide",
+        [("nn.ZeroPad2d(1) before first, then padding=0 of second",)],
+    ),
+    (
+        lambda: named(first=nn.BatchNorm2d(2, track_running_stats=False), second=nn.Conv2d(2, 64, 3, padding=1)),
+        2,
+        "batch norm still uses batch statistics",
+        [("track_running_stats=True for first",)],
     ),
     (
         lambda: named(first=nn.Conv2d(64, 4, 1), second=nn.Conv2d(4, 64, 1)),
@@ -238,6 +252,25 @@ def test_no_promise_is_untrue(data: st.DataObject) -> None:
             assert_kept_promise(model, x, remedy, objective=objective)
 
 
+@given(st.data())
+def test_a_promise_in_a_longer_chain_is_what_the_plan_makes_of_it(data: st.DataObject) -> None:
+    """Three or four layers in a row, of which any two neighbours are asked about: the others compete for them."""
+    count = data.draw(st.integers(3, 4))
+    widths = [data.draw(st.sampled_from((4, 16, 48))) for _ in range(count + 1)]
+    layers: dict[str, nn.Module] = {}
+    for index, name in enumerate("abcd"[:count]):
+        kernel = data.draw(st.sampled_from((1, 1, 3)))
+        padding = data.draw(st.integers(0, kernel // 2))
+        layers[name] = nn.Conv2d(widths[index], widths[index + 1], kernel, padding=padding)
+        if data.draw(st.integers(0, 4)) == 0:
+            layers[f"act_{name}"] = nn.ReLU()
+    model = named(**layers)
+    x = torch.randn(1, widths[0], 15, 16, generator=torch.Generator().manual_seed(0))
+    for gap in rgc.explain(model, x, "b").gaps:
+        for remedy in gap.remedies:
+            assert_kept_promise(model, x, remedy, gap.layers)
+
+
 class Residual(nn.Module):
     def __init__(self, padding: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
@@ -256,7 +289,8 @@ def test_a_residual_names_its_activation_and_what_the_whole_block_would_become()
     chain, total = sorted(explanation.gaps, key=lambda gap: gap.kind)
     assert total.layers == ("input x", "conv2") and total.kind == "sum" and chain.kind == "chain"
     assert total.reasons[0] == "relu at act is not linear" and total.reasons[1].startswith("border ring")
-    (remedy,) = total.remedies
+    single_path, remedy = total.remedies
+    assert single_path.changes == ("--passes default,single_path",)
     assert remedy.changes == (
         "replace ReLU act by rgc.nn.DecayedActivation and decay it to 1",
         "padding=1 of conv2 moved to conv1 (padding=2, then padding=0)",
@@ -267,9 +301,9 @@ def test_a_residual_names_its_activation_and_what_the_whole_block_would_become()
 
 
 def test_a_residual_that_already_pads_once_only_has_to_fade() -> None:
-    (remedy,) = next(
+    remedy = next(
         gap for gap in rgc.explain(randomize(Residual((2, 0))), images(2), "conv2").gaps if gap.kind == "sum"
-    ).remedies
+    ).remedies[0]
     assert remedy.changes == ("replace ReLU act by rgc.nn.DecayedActivation and decay it to 1",)
 
 
@@ -311,6 +345,20 @@ def test_a_decayed_activation_is_counted_into_the_merge_around_it() -> None:
     assert "remove_linear_activation" in [step.rewrite for step in place.steps]
     (removed,) = rgc.explain(model, images(2), "drop").places
     assert removed.fate == "removed" and removed.layers == ("drop",) and removed.steps[0].rewrite == "drop_identity"
+
+
+def test_a_fading_activation_is_told_whole_though_the_layer_behind_it_is_distributed() -> None:
+    model = named(first=nn.Conv2d(8, 8, 3), act=DecayedActivation(nn.GELU(), 0.25), second=nn.Conv2d(8, 8, 1))
+    fired = [each.rewrite for each in trace(model, images(), passes="default").rewrites]
+    assert "distribute_over_branches" in fired
+    for passes in ("default", ["default"]):
+        explanation = rgc.explain(model, images(), "first,second", passes=passes)
+        (note,) = [each for each in explanation.notes if "distribute_over_branches" in each]
+        assert "activations that fade are told as they stand before" in note
+        assert explanation.passes == "default"
+        assert the_gap(explanation).remedies[0].changes == ("decay act to 1 (now 0.25)",)
+    faded = rgc.explain(model, images(), "first,second", passes="default,-distribute_over_branches")
+    assert faded.notes == () and the_gap(faded) == the_gap(explanation)
 
 
 def test_a_layer_that_nobody_reads_any_more_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -86,7 +87,7 @@ def test_what_was_removed_or_left_says_so() -> None:
 
 
 def test_a_gap_says_why_what_to_change_what_that_gives_and_what_it_gains() -> None:
-    free = Remedy(("--objective depth",), "conv 1x1 1->1", GAIN, True, False, "estimated slower")
+    free = Remedy(("--objective depth",), "conv 1x1 1->1", GAIN, True, False)
     gap = Gap(("conv1", "conv2"), "chain", ("relu is not linear", "ring"), (REMEDY, free))
     assert printed(explanation(gap)).splitlines()[3:] == [
         "conv1 -> conv2: not one operator",
@@ -104,10 +105,14 @@ def test_a_gap_says_why_what_to_change_what_that_gives_and_what_it_gains() -> No
 
 
 def test_a_merge_that_would_not_pay_even_after_the_change_names_the_objective_that_makes_it() -> None:
-    dear = Remedy(("bias=False for conv1",), "conv", GAIN, False, False, "estimated slower")
+    dear = Remedy(("bias=False for conv1",), "conv", GAIN, False, False)
     text = printed(explanation(Gap(("a", "b"), "sum", ("why",), (dear,))))
     assert "a + b: not one operator" in text
     assert "but  does not pay by this estimate: only --objective depth merges it" in text
+    planned = dataclasses.replace(dear, note="planned otherwise: it pays more to merge with c")
+    assert "but  planned otherwise: it pays more to merge with c" in printed(
+        explanation(Gap(("a", "b"), "chain", ("why",), (planned,)))
+    )
 
 
 def test_where_nothing_helps_it_says_so_but_not_of_layers_that_are_no_neighbours() -> None:

@@ -172,6 +172,16 @@ def greedily(chain: list[Value]) -> float:
     return math.fsum(priced(value) for value in applied(x, ops))
 
 
+def test_two_neighbours_are_told_with_whom_the_plan_joins_them() -> None:
+    first, second, third = chain = applied(source(32, 14), [conv(32, 8), conv(8, 32), conv(32, 64, 3)])
+    graph, planner = Graph([first.inputs[0]], third), Planner(composed, priced)
+    assert planner.segments_of(graph, first, second) == ((first,), (second, third))
+    assert planner.segments_of(graph, second, third) == ((second, third), (second, third))
+    assert planner.segments_of(Graph([first.inputs[0]], second), first, second) is None  # nothing to choose
+    whole = planner.as_one(chain)
+    assert whole is not None and whole.label == "conv 3x3 32->64"
+
+
 def test_a_chain_ends_where_somebody_else_reads() -> None:
     x = source(4, 7)
     first, second, third, fourth = applied(x, [conv(4, 4), conv(4, 4), conv(4, 4), conv(4, 4)])

@@ -32,6 +32,8 @@ from rgc.what_if import (
     solutions,
 )
 
+WIDER = ((64, 4), (4, 64), (64, 1))
+
 BASE = Setting(resolve("default")[0], Policy())
 
 
@@ -89,16 +91,53 @@ def test_moved_padding_counts_the_stride_of_the_first() -> None:
     assert value.tensor_type.shape == part.sink.tensor_type.shape
 
 
+def test_changes_of_one_operator_add_up() -> None:
+    graph, part = part_of(nn.Conv2d(2, 2, 3, padding=1), padded())
+    first = part.values[0]
+    moved, unbiased = move_padding(*part.values), drop_bias(first)
+    for setting in (unbiased(moved(BASE)), moved(unbiased(BASE))):
+        op = setting.operator(first)
+        assert isinstance(op, Conv) and op.bias is None and op.padding == ((2, 2), (2, 2))
+        assert merged(ask(graph, part, setting)).tensor_type.shape == part.sink.tensor_type.shape
+
+
 def test_zeros_ahead_enlarge_the_source() -> None:
-    graph, part = part_of(nn.BatchNorm2d(2), padded())
-    assert "its bias" in declined(ask(graph, part, BASE)).reason
+    graph, part = part_of(nn.AvgPool2d(2, 1), padded())
+    assert "border ring" in declined(ask(graph, part, BASE)).reason
     value = merged(ask(graph, part, pad_ahead(part.sink, (1, 1))(BASE)))
-    assert value.inputs[0].tensor_type.shape == (1, 2, 11, 10)
+    assert isinstance(value.op, Conv) and value.op.padding == ((1, 1), (1, 1))  # the zeros merge as well
+    assert value.inputs[0].tensor_type == part.source.tensor_type
     assert value.tensor_type.shape == part.sink.tensor_type.shape
 
 
+def test_zeros_that_stay_are_counted() -> None:
+    graph, part = part_of(nn.AvgPool2d(2, 1), padded())
+    enlarged = pad_ahead(part.sink, (1, 1))(replace(BASE, passes=resolve("merge_stage")[0]))
+    outcome = ask(graph, part, enlarged)
+    assert isinstance(outcome, Merged), outcome
+    assert [value.op.label for value in outcome.made] == ["pad 1x1", "conv 4x4 2->2"]
+
+
+def test_what_only_pays_with_a_third_is_told_with_it() -> None:
+    graph, whole = part_of(*(nn.Conv2d(reads, makes, 1) for reads, makes in WIDER), channels=64)
+    pair = Part(whole.source, whole.values[:2])
+    outcome = ask(graph, pair, BASE)
+    assert isinstance(outcome, Merged) and outcome.others == whole.values[2:]
+    assert merged(outcome).op.label == "conv 1x1 64->1"
+    alone = part_of(*(nn.Conv2d(reads, makes, 1) for reads, makes in WIDER[:2]), channels=64)
+    assert declined(ask(*alone, BASE)).by_cost
+
+
+def test_what_pays_more_with_another_is_declined() -> None:
+    graph, whole = part_of(nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 64, 3), channels=32)
+    found = declined(ask(graph, Part(whole.source, whole.values[:2]), BASE))
+    assert found == Declined("planned otherwise: it pays more to merge with 2", by_cost=True)
+    assert isinstance(ask(graph, Part(whole.values[0], whole.values[1:]), BASE), Merged)
+
+
 def test_a_fixed_size_or_no_bias_is_enough_for_a_pointwise_layer() -> None:
-    graph, part = part_of(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 3, padding=1))
+    graph, part = part_of(nn.Conv2d(2, 4, 1, padding=1), nn.Conv2d(4, 2, 3, padding=1))
+    assert "its bias" in declined(ask(graph, part, BASE)).reason
     assert "bias map" in merged(ask(graph, part, FIXED_SIZE.apply(BASE))).op.label
     assert merged(ask(graph, part, drop_bias(part.values[0])(BASE))).op.label == "conv 3x3 2->2"
 
@@ -108,7 +147,8 @@ def test_statistics_that_are_given_have_a_mean_so_that_no_border_is_right_by_luc
     graph, part = part_of(norm, padded())
     assert "batch statistics" in declined(ask(graph, part, BASE)).reason
     given = give_statistics(part.values[0])(BASE)
-    assert "its bias" in declined(ask(graph, part, given)).reason
+    value = merged(ask(graph, part, replace(given, policy=Policy(objective="depth"))))
+    assert isinstance(value.op, Conv) and value.op.pad_value is not None and bool(value.op.pad_value.all())
 
 
 def test_what_does_not_pay_is_told_from_what_cannot_be() -> None:
@@ -154,7 +194,7 @@ def test_no_rewrite_no_reason() -> None:
 
 
 def test_only_the_smallest_sets_of_changes_are_found() -> None:
-    graph, part = part_of(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 3, padding=1))
+    graph, part = part_of(nn.Conv2d(2, 16, 1, padding=1), nn.Conv2d(16, 2, 3, padding=1))
     first = part.values[0]
     useless = Edit("useless", True, lambda setting: setting)
     unbiased = Edit("no bias", False, drop_bias(first))
