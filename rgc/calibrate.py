@@ -32,8 +32,11 @@ ROUNDS, KEPT = 7, 4
 #: A probe whose kept samples spread more than this is measured again.
 STEADY = 0.05
 
-#: What is measured even where the time is spent before; how often progress is told.
-FEWEST_ROUNDS, _AT_ONCE = 3, 50
+#: After so many calls it is asked whether the time is spent, and progress is told.
+_AT_ONCE = 50
+
+#: Where half of the measurements spread more than this, they describe what else runs, not the machine.
+TOO_NOISY = 0.25
 
 #: More rounds than this do not make a noisy machine quiet.
 MOST_ROUNDS = 60
@@ -74,8 +77,8 @@ def calibrate(
 ) -> Calibration:
     """Measure this machine, with the threads that PyTorch uses now; at most about ``seconds`` long.
 
-    probes: the layers to measure; by default `standard_probes`. Raises `InputError` where there is no such machine, or
-    where it cannot compute in ``dtype``.
+    probes: the layers to measure; by default `standard_probes`. Raises `InputError` where there is no such machine,
+    where it cannot compute in ``dtype``, or where it is too busy for the figures to mean anything.
     """
     if target not in ("cpu", "cuda"):
         raise InputError(f"unknown target {target!r}; choose one of cpu, cuda")
@@ -104,11 +107,14 @@ def _calibration(key: Key, side: int, probes: Sequence[Probe], times: Sequence[F
         own = _beyond(overhead["linear" if name == "linear" else "conv"], each.median)
         rates.setdefault(name, []).append((size, 2 * work(probe.value) / own))
     peak = max(product, *(rate for measured in rates.values() for _, rate in measured))
-    spreads = [each.spread for each in times]
+    noise = statistics.median(each.spread for each in times)
+    if noise > TOO_NOISY:
+        found = f"half of the measurements spread by more than {noise:.0%}"
+        raise InputError(f"the machine is too busy to be measured: {found}; let nothing else run and repeat it")
     return Calibration(
         key, peak, overhead, bandwidth,
         {name: tuple((*size, rate / peak) for size, rate in measured) for name, measured in rates.items()},
-        noise=statistics.median(spreads), unsettled=sum(spread > STEADY for spread in spreads), count=len(times),
+        noise=noise, unsettled=sum(not each.is_steady for each in times), count=len(times),
     )  # fmt: skip
 
 
@@ -123,13 +129,19 @@ class FastestTime:
 
     median: float
     spread: float
+    count: int
 
     @staticmethod
     def of(samples: Sequence[float]) -> FastestTime:
         """The summary of all samples of a call."""
         kept = sorted(samples)[:KEPT]
         median = statistics.median(kept)
-        return FastestTime(median, (kept[-1] - kept[0]) / median)
+        return FastestTime(median, (kept[-1] - kept[0]) / median, len(kept))
+
+    @property
+    def is_steady(self) -> bool:
+        """Were there enough samples, close enough to each other?"""
+        return self.count == KEPT and self.spread <= STEADY
 
 
 def fastest_times(
@@ -145,19 +157,19 @@ def fastest_times(
     samples: list[list[float]] = [[] for _ in turns]
     noisy = list(range(len(turns)))
     done, total = len(turns), len(turns) * (ROUNDS + 1)
-    number = 0
-    while noisy and number < MOST_ROUNDS and (number < FEWEST_ROUNDS or now() - started < seconds):
+    for number in range(MOST_ROUNDS):
         doing = "measuring" if number < ROUNDS else f"measuring {len(noisy)} noisy layers again"
         for start in range(0, len(noisy), _AT_ONCE):
+            if number > 0 and now() - started > seconds:
+                return list(map(FastestTime.of, samples))
             some = noisy[start : start + _AT_ONCE]
             taken = take_turns([turns[index] for index in some], timer, round_number=number)
             for index, sample in zip(some, taken, strict=True):
                 samples[index].append(sample)
             done += len(some)
             on_progress(done, max(done, total), doing)
-        number += 1
-        if number >= ROUNDS:
-            noisy = [index for index in noisy if FastestTime.of(samples[index]).spread > STEADY]
+        if number + 1 >= ROUNDS:
+            noisy = [index for index in noisy if not FastestTime.of(samples[index]).is_steady]
             total = done + len(noisy)
     return list(map(FastestTime.of, samples))
 
@@ -241,11 +253,10 @@ _SIDES, _FEW_SIDES = (7, 14, 28, 56, 112), (7, 28, 112)
 def standard_probes(target: str) -> list[Probe]:
     """The layers of image models: common kernels closely, others at fewer sizes; none that takes too long."""
     every = [
-        *_dense((1, 1), _CHANNELS, _SIDES), *_dense((3, 3), _CHANNELS, _SIDES), *_dense((5, 5), _CHANNELS, _SIDES),
-        *_dense((7, 7), _FEW_CHANNELS, _SIDES),
+        *(probe for side in (1, 3, 5, 7) for probe in _dense((side, side), _CHANNELS, _SIDES)),
         *(probe for kernel in _RARE for probe in _dense(kernel, _FEW_CHANNELS, _FEW_SIDES)),
-        *(probe for side in (1, 3, 5, 7) for probe in _dense((side, side), _FEW_CHANNELS, (14, 28, 112), stride=2)),
-        *(probe for side in (2, 4) for probe in _dense((side, side), _FEW_CHANNELS, (14, 56, 112), stride=side)),
+        *(probe for side in (1, 3, 5, 7) for probe in _dense((side, side), _CHANNELS, (14, 28, 112), stride=2)),
+        *(probe for side in (2, 4) for probe in _dense((side, side), _CHANNELS, (14, 56, 112), stride=side)),
         *_dense((3, 3), _FEW_CHANNELS, _FEW_SIDES, dilation=2), *_stems(), *_depthwise(), *_grouped(), *_batches(),
         *_transposed(), *_pools(), *_linear(),
     ]  # fmt: skip
@@ -288,7 +299,7 @@ def _stems() -> Iterable[Probe]:
 
 
 def _depthwise() -> Iterable[Probe]:
-    for side, stride, channels, size in itertools.product((3, 5, 7), (1, 2), (16, 64, 256, 1024), _SIDES):
+    for side, stride, channels, size in itertools.product((3, 5, 7), (1, 2), (16, 32, 64, 128, 256, 1024), _SIDES):
         kernel = (side, side)
         conv = _conv(channels, channels, kernel, groups=channels, stride=stride, padding=_same(kernel, stride))
         yield Probe(conv, (1, channels, size, size))

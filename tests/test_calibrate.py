@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from rgc import AvgPool, Conv, Deferred
-from rgc.calibrate import FEWEST_ROUNDS, KEPT, MOST_ROUNDS, ROUNDS, Probe, calibrate, module_of, standard_probes
+from rgc.calibrate import KEPT, MOST_ROUNDS, ROUNDS, Probe, calibrate, module_of, standard_probes
 from rgc.calibration import OVERHEADS
 from rgc.cost import Target, work
 from rgc.errors import InputError
@@ -65,11 +64,21 @@ def test_only_noisy_layers_are_measured_again_and_their_fastest_samples_count() 
 
 
 def test_a_machine_that_never_gets_quiet_is_not_waited_for() -> None:
-    generator = random.Random(0)
-    found, timer = measured(lambda index, count: 1e-3 * 10 ** generator.uniform(0, 3), seconds=1e9)
-    assert max(timer.count.values()) == MOST_ROUNDS + 1 and found.unsettled > 0 and found.noise > 0
-    _, timer = measured(lambda index, count: 1e-3 * 10 ** generator.uniform(0, 3), seconds=1e-9)
-    assert set(timer.count.values()) == {FEWEST_ROUNDS + 1}
+    restless = range(20, 23)
+
+    def seconds_of(index: int, count: int) -> float:
+        return 1e-3 * (1 + count) if index in restless else 1e-3  # slower and slower
+
+    found, timer = measured(seconds_of, seconds=1e9)
+    assert {timer.count[index] for index in restless} == {MOST_ROUNDS + 1} and found.unsettled == len(restless)
+    found, timer = measured(seconds_of, seconds=1e-9)
+    assert set(timer.count.values()) == {2}  # one round there is in any case
+    assert found.unsettled == found.count  # a single sample shows no noise, so nothing is known of it
+
+
+def test_figures_of_a_machine_that_is_busy_are_refused() -> None:
+    with pytest.raises(InputError, match=r"too busy to be measured: half of the measurements spread by more than \d+%"):
+        measured(lambda index, count: 1e-3 * (1 + count))
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
@@ -111,7 +120,7 @@ def test_progress_grows_to_its_total() -> None:
 
 
 def test_a_real_machine_is_measured() -> None:
-    found = calibrate(probes=PROBES, seconds=1.0)
+    found = calibrate(probes=PROBES, seconds=0.0)  # one round: others may keep the machine busy
     assert all(Target.of(found).seconds(probe.value) > 0 for probe in PROBES)
 
 
