@@ -8,12 +8,12 @@ Counter({'Conv2d': 1})
 
 from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
-from rgc.bench import Measurement, bench
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
 from rgc.explainer import explain
 from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
+from rgc.measurement import Measurement, bench
 from rgc.operators import (
     Activation,
     AdaptiveMaxPool,

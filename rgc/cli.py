@@ -365,10 +365,10 @@ def bench_command(
     """
     import torch
 
-    from rgc.bench import bench
     from rgc.cli_files import load_compiled, load_original, write_text
     from rgc.cli_options import example_for, json_path, parse_counts, parse_inputs
     from rgc.cli_output import console, progress
+    from rgc.measurement import bench
 
     specs, batches, counts = parse_inputs(inputs), parse_counts("--batch", batch), parse_counts("--threads", threads)
     place = json_path("--report", report)

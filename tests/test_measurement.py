@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import rgc
 from rgc import bench
-from rgc.bench import NARROW, Comparison, LeftOut, Measurement
 from rgc.errors import InputError
+from rgc.measurement import NARROW, Comparison, LeftOut, Measurement
 from rgc.runtimes import Setting
 from rgc.samples import Ratio, Times
 from rgc.timing import WARM_UP, WallClock
