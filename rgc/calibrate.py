@@ -108,8 +108,10 @@ def _calibration(key: Key, side: int, probes: Sequence[Probe], times: Sequence[F
         rates.setdefault(name, []).append((size, 2 * work(probe.value) / own))
     peak = max(product, *(rate for measured in rates.values() for _, rate in measured))
     noise = statistics.median(each.spread for each in times)
-    if noise > TOO_NOISY:
-        found = f"half of the measurements spread by more than {noise:.0%}"
+    samples = statistics.median_low(each.count for each in times)
+    if noise > TOO_NOISY or samples < KEPT:
+        slow = f"there was time for {samples} of {KEPT} samples of each call"
+        found = slow if samples < KEPT else f"half of the measurements spread by {noise:.0%} or more"
         raise InputError(f"the machine is too busy to be measured: {found}; let nothing else run and repeat it")
     return Calibration(
         key, peak, overhead, bandwidth,
