@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rgc.compiler import Trace, example_of, floating_dtype, trace
+from rgc.compiler import example_of, floating_dtype, trace
 from rgc.cost import Objective, target_named
 from rgc.engine import Policy
 from rgc.errors import InputError
@@ -20,9 +20,6 @@ from rgc.gaps import Story, described, gaps_at, short_name
 from rgc.ir import Graph, Value
 from rgc.neighbours import between, blend_at, branches, is_linear
 from rgc.passbook import resolve
-
-#: The pass that makes two layers of the one behind a sum, also behind (1 - l) act(x) + l x.
-DISTRIBUTES = "distribute_over_branches"
 
 
 def explain(
@@ -50,12 +47,6 @@ def explain(
     ('replace ReLU 1 by rgc.nn.DecayedActivation and decay it to 1',)
     """
     traced = trace(model, example_inputs, passes=passes, objective=objective, target=target)
-    notes = traced.notes
-    if _takes_blends_apart(traced):
-        given = passes.split(",") if isinstance(passes, str) else passes
-        whole = [*given, f"-{DISTRIBUTES}"]
-        traced = trace(model, example_inputs, passes=whole, objective=objective, target=target)
-        notes = (*notes, f"activations that fade are told as they stand before {DISTRIBUTES} takes the sum apart")
 
     def trace_at_fixed_size() -> Graph:
         added = [] if isinstance(passes, str) else [each for each in passes if not isinstance(each, str)]
@@ -67,13 +58,8 @@ def explain(
     places, gaps = _answer(story, where)
     named = passes if isinstance(passes, str) else ", ".join(str(getattr(each, "name", each)) for each in passes)
     return Explanation(
-        where, type(model).__name__, named, objective, story.target.name, tuple(places), tuple(gaps), notes
+        where, type(model).__name__, named, objective, story.target.name, tuple(places), tuple(gaps), traced.notes
     )
-
-
-def _takes_blends_apart(traced: Trace) -> bool:
-    fading = {path for value in traced.original.nodes() if blend_at(value) is not None for path in value.origin.paths}
-    return any(fired.rewrite == DISTRIBUTES and fading & set(fired.sources) for fired in traced.rewrites)
 
 
 def _answer(story: Story, where: str) -> tuple[list[Place], list[Gap]]:

@@ -153,16 +153,16 @@ def test_other_products_are_kept_as_they_are(body: Body, shape: tuple[int, ...])
     assert output_difference(model(x).detach(), compiled(x)) < 1e-5
 
 
-def test_a_constant_expanded_to_the_batch_of_another_input_is_kept() -> None:
+def test_a_constant_expanded_to_a_length_that_is_no_batch_is_kept() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(6, 4))
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return torch.bmm(torch.relu(x), self.weight.expand(torch.relu(y).shape[0], -1, -1))
+            return torch.bmm(torch.relu(x), self.weight.expand(torch.relu(y).shape[1], -1, -1))
 
-    graph = trace(Other().eval(), (torch.randn(2, 5, 6), torch.randn(2, 3))).graph
+    graph = trace(Other().eval(), (torch.randn(2, 5, 6), torch.randn(3, 2))).graph
     assert isinstance(graph.outputs.op, Opaque)
 
 

@@ -347,20 +347,6 @@ def test_a_decayed_activation_is_counted_into_the_merge_around_it() -> None:
     assert removed.fate == "removed" and removed.layers == ("drop",) and removed.steps[0].rewrite == "drop_identity"
 
 
-def test_a_fading_activation_is_told_whole_though_the_layer_behind_it_is_distributed() -> None:
-    model = named(first=nn.Conv2d(8, 8, 3), act=DecayedActivation(nn.GELU(), 0.25), second=nn.Conv2d(8, 8, 1))
-    fired = [each.rewrite for each in trace(model, images(), passes="default").rewrites]
-    assert "distribute_over_branches" in fired
-    for passes in ("default", ["default"]):
-        explanation = rgc.explain(model, images(), "first,second", passes=passes)
-        (note,) = [each for each in explanation.notes if "distribute_over_branches" in each]
-        assert "activations that fade are told as they stand before" in note
-        assert explanation.passes == "default"
-        assert the_gap(explanation).remedies[0].changes == ("decay act to 1 (now 0.25)",)
-    faded = rgc.explain(model, images(), "first,second", passes="default,-distribute_over_branches")
-    assert faded.notes == () and the_gap(faded) == the_gap(explanation)
-
-
 def test_a_layer_that_nobody_reads_any_more_says_so() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
