@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import tempfile
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 # The tests run in several processes and their tensors are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+# Layers draw their weights when they are made, some while the tests are collected: every run sees the same ones.
+torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_weights_in_every_run() -> None:
+    torch.manual_seed(0)
+
 
 # What somebody has calibrated on this machine must not decide what the tests see; subprocesses inherit this.
 _CACHE = tempfile.TemporaryDirectory(prefix="rgc-tests-")
