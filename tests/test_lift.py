@@ -238,7 +238,8 @@ def test_weights_computed_by_old_style_hooks_fold_into_the_weight() -> None:
     model.first.weight_g.data.mul_(3)  # the weight that the last call computed is out of date
     x = torch.randn(2, 4, 9, 8)
     compiled = rgc.compile(model, x)
-    torch.testing.assert_close(compiled(x), model(x))
+    with torch.no_grad():
+        assert output_difference(model(x), compiled(x)) < 1e-5
     assert compiled.report.ops_after == {"Conv2d": 2} and not compiled.report.notes
     assert "first.weight" in compiled.state_dict() and not compiled.first._forward_pre_hooks
 
