@@ -45,7 +45,8 @@ def distribute_over_difference(x: Value, y: Value, a: Layer, b: Layer, layer: La
 
 @distribute_over_branches.also(lambda x, y, a, b, up, layer: layer(up(a(x)) + b(y)))
 def distribute_over_lateral_sum(x: Value, y: Value, a: Layer, b: Layer, up: Upsample, layer: Layer) -> Value:
-    require(_maps_channels(layer), f"{layer.label} reads several positions, so it does not pass {up.label}")
+    passes = not isinstance(layer, Conv) or layer.maps_channels
+    require(passes, f"{layer.label} reads several positions, so it does not pass {up.label}")
     _require_room([a, b], layer)
     small, large = up(a(x)).tensor_type, b(y).tensor_type
     require(small.shape == large.shape, "the sum broadcasts one branch to the size of the other")
@@ -144,10 +145,6 @@ def _groups(conv: Conv, part: slice) -> Conv:
 
 def _of_all(tensor: Tensor, channels: int) -> Tensor:
     return tensor.expand(channels) if tensor.numel() == 1 else tensor
-
-
-def _maps_channels(layer: Layer) -> bool:
-    return not isinstance(layer, Conv) or (layer.is_pointwise and not layer.transposed and layer.size is None)
 
 
 def _without_constants(layer: Linear) -> Linear:

@@ -50,7 +50,7 @@ def is_resampling_or_flattening(op: AvgPool | Upsample | Structural) -> bool:
 
 def maps_channels(layer: Conv | BatchNorm | Scale) -> bool:
     """Does each position of the result depend on just that position of the input, in the same way everywhere?"""
-    return not isinstance(layer, Conv) or (layer.is_pointwise and not layer.transposed and layer.size is None)
+    return not isinstance(layer, Conv) or layer.maps_channels
 
 
 Resampling = AvgPool | Upsample | Structural

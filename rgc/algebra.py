@@ -300,6 +300,11 @@ class Conv(Linear):
         return not any(self.output_padding) and all(axis.is_pointwise for axis in self.axes)
 
     @property
+    def maps_channels(self) -> bool:
+        """Is it the same map of the channels at every position, whatever the size?"""
+        return self.is_pointwise and not self.transposed and self.size is None
+
+    @property
     def reads_one_element(self) -> bool:
         """Does each output position read one element of the input, none of them padding?"""
         return not self.transposed and set(self.kernel) <= {1} and not any(itertools.chain(*self.padding))
