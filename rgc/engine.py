@@ -295,9 +295,20 @@ def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: V
         return
     require(kept is None, f"saves nothing: {kept.where if kept else ''} is also used elsewhere")
     if objective == "latency":
-        raise Refusal(f"estimated slower on {target.name}: {after * 1e3:.3g} ms instead of {before * 1e3:.3g} ms")
+        slow, fast = _told_apart(after * 1e3, before * 1e3)
+        raise Refusal(f"estimated slower on {target.name}: {slow} ms instead of {fast} ms")
     unit = {"depth": "layers", "macs": "multiply-accumulates", "params": "parameters"}[objective]
     raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
+
+
+def _told_apart(a: float, b: float) -> tuple[str, str]:
+    """Both numbers, with as many digits as it takes to see that they differ.
+
+    >>> _told_apart(1.5, 1.25), _told_apart(0.0083104, 0.0083101)
+    (('1.5', '1.25'), ('0.0083104', '0.0083101'))
+    """
+    pairs = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in range(3, 17))
+    return next((pair for pair in pairs if pair[0] != pair[1]), (repr(a), repr(b)))
 
 
 def _require_same_type(rewrite: Rewrite, root: Value, new: Value) -> None:
