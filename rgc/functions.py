@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgc.algebra import Conv, Linear, Scale
 from rgc.ir import Input, Operator, Value
@@ -237,6 +237,8 @@ def _power(lifter: Lifting, x: Any, exponent: Any) -> Value | None:
 def prelu(lifter: Lifting, x: Any, weight: Any) -> Value | None:
     if not isinstance(x, Value) or not _are_tensors(weight):
         return None
+    if weight.numel() == 1 and not isinstance(weight, nn.Parameter):  # a slope that nothing learns is a number
+        return lifter.emit(Activation("leaky_relu", (("negative_slope", float(weight)),)), x)
     return lifter.emit(Activation("prelu", weight=weight), x)
 
 

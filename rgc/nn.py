@@ -63,9 +63,8 @@ class DecayedLeakyReLU(nn.Module):
     """A leaky ReLU whose negative slope is the decay: a ReLU at 0, exactly the identity at 1.
 
     The same function as ``DecayedActivation(nn.ReLU())``, in the form that VanillaNet trains with (arXiv
-    2305.12972, section 3.1). ``x`` may have any shape. The slope is read from the 0-dim buffer ``decay`` as a Python
-    number, so under ``torch.fx`` symbolic tracing it is the constant that it was when the model was traced;
-    ``torch.export`` does not take a number that it reads from a buffer, and there ``DecayedActivation`` is the choice.
+    2305.12972, section 3.1). ``x`` may have any shape. The slope stays the 0-dim buffer ``decay``, a tensor: a Python
+    number read from it would be a break in the graph of ``torch.compile`` and an error in ``torch.export``.
 
     Raises ``InputError`` for a ``value`` outside [0, 1].
 
@@ -80,7 +79,7 @@ class DecayedLeakyReLU(nn.Module):
         self.register_buffer("decay", torch.tensor(_checked_decay(value)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, float(self.decay))
+        return F.prelu(x, self.decay.reshape(1))
 
     def set_decay(self, value: float) -> None:
         """Set ``decay``, in [0, 1], in place; ``InputError`` outside."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import symbolic_trace
 
+import rgc
 from rgc.errors import InputError
 from rgc.nn import DecayedActivation, DecayedLeakyReLU, SeriesActivation, set_decay
 
@@ -142,3 +143,12 @@ def test_the_printed_form_shows_the_decay() -> None:
     assert repr(DecayedLeakyReLU(0.5)) == "DecayedLeakyReLU(decay=0.5)"
     assert repr(DecayedLeakyReLU(0.5).to("meta")) == "DecayedLeakyReLU(decay=meta)"
     assert repr(SeriesActivation(4, order=1)).startswith("SeriesActivation(\n  4, order=1")
+
+
+def test_the_leaky_relu_form_can_be_exported_and_compiles_to_a_leaky_relu() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DecayedLeakyReLU(0.25), nn.Conv2d(4, 4, 3)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
+    slopes = [m.negative_slope for m in rgc.compile(model, x).modules() if isinstance(m, nn.LeakyReLU)]
+    assert slopes == [0.25]
