@@ -117,26 +117,36 @@ class _Worklist:
         self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(nodes)
         self.waiting = set(nodes)
+        self.copying: dict[Value, None] = {}  # where a match holds what is also used elsewhere, in order
         self.planner = planner_of(rewrites, policy)
 
     def run(self) -> None:
+        """Visit until nothing fires: first what replaces all that it matches, then what copies a part of it.
+
+        A copy may pay by itself and yet cost the merge that would have made it needless.
+        """
         while not _exhausted(self.policy, self.record):
             if self.pending:
                 value = self.pending.popleft()
                 self.waiting.discard(value)
-                if value in self.graph:
-                    self._visit(value)
+                self._visit(value, may_copy=False)
+            elif self.copying:
+                value = next(iter(self.copying))
+                del self.copying[value]
+                self._visit(value, may_copy=True)
             elif not self._visit_regions():
                 return
 
-    def _visit(self, value: Value) -> None:
+    def _visit(self, value: Value, may_copy: bool) -> None:
+        if value not in self.graph:
+            return
         for rewrite, _ in (*self.local, *self.regional):
             self.record.refusals.pop((rewrite.name, value), None)  # what stood in the way may have gone
         for rewrite, case in self.local:
-            if self._try_all(rewrite, value, case.match(value), case):
+            if self._try_all(rewrite, value, case.match(value), case, may_copy):
                 return
         for rewrite, case in self.regional:
-            if self._try_all(rewrite, value, self._joins(case, value), case):
+            if self._try_all(rewrite, value, self._joins(case, value), case, may_copy):
                 return
 
     def _joins(self, case: Case, value: Value) -> Iterator[Match]:
@@ -152,14 +162,17 @@ class _Worklist:
         for region in affine_regions(self.graph) if self.regional else []:
             for rewrite, case in self.regional:
                 match = case.match_region(region)
-                if match is not None and self._try_all(rewrite, region.sink, iter([match]), case):
+                if match is not None and self._try_all(rewrite, region.sink, iter([match]), case, may_copy=True):
                     return True
         return False
 
-    def _try_all(self, rewrite: Rewrite, root: Value, matches: Iterator[Match], case: Case) -> bool:
+    def _try_all(self, rewrite: Rewrite, root: Value, matches: Iterator[Match], case: Case, may_copy: bool) -> bool:
         if (rewrite.name, root.where) in self.policy.banned or (rewrite.name, root) in self.record.broken:
             return False
         for match in matches:
+            if not may_copy and len(_dying(self.graph, match)) < len(match.interior):
+                self.copying[root] = None
+                continue
             try:
                 self._fire(rewrite, case, match)
             except Refusal as refusal:

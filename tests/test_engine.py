@@ -27,6 +27,7 @@ from rgc import (
     rewrite,
 )
 from rgc.compiler import trace
+from rgc.cost import CPU, Efficiency
 from rgc.engine import Policy, apply, copy_graph
 from rgc.ir import Input, Origin, TensorType
 from rgc.passes import ALL, DEFAULT, absorb_residual, drop_identity, fold_batchnorm, merge_pointwise
@@ -62,6 +63,28 @@ def compiled_with(model: nn.Module, passes: Any, *shape: int, **options: Any) ->
     return compiled
 
 
+class _BranchesBehindASum(nn.Module):
+    """Depthwise branches of a sum of different inputs: one of them alone could move into the ends of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.wide = nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.Conv2d(64, 64, 1)
+        self.small, self.large = nn.Conv2d(64, 64, 1, groups=64), nn.Conv2d(64, 64, 3, padding=1, groups=64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x) + self.wide(torch.sigmoid(x))
+        return torch.relu(self.small(y) + self.large(y) + y)
+
+
+def test_what_copies_a_layer_waits_for_what_makes_the_copy_needless() -> None:
+    """On a machine that is slow at depthwise 1x1, to copy the wide layer pays, but to merge the branches pays more."""
+    slow = replace(CPU, efficiency={**CPU.efficiency, "1x1 depthwise": Efficiency(((1.0, 1.0, 64.0, 196.0, 1e-5),))})
+    seen = trace(randomize(_BranchesBehindASum()), torch.randn(1, 64, 14, 14))
+    graph, record = apply(copy_graph(seen.original), list(DEFAULT), Policy("latency", slow))
+    assert "distribute_over_branches" not in {firing.rewrite for firing in record.firings}
+    assert sum(isinstance(value.op, Conv) for value in graph.nodes()) == 3
+
+
 # --- the worklist ----------------------------------------------------------------------------------------------------
 
 
@@ -69,10 +92,10 @@ def visits(graph: Graph, passes: Any, monkeypatch: pytest.MonkeyPatch, objective
     count = 0
     visit = engine._Worklist._visit
 
-    def counted(worker: Any, value: Value) -> None:
+    def counted(worker: Any, value: Value, may_copy: bool) -> None:
         nonlocal count
         count += 1
-        visit(worker, value)
+        visit(worker, value, may_copy)
 
     monkeypatch.setattr(engine._Worklist, "_visit", counted)
     apply(graph, passes, Policy(objective))
