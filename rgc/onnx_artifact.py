@@ -46,6 +46,7 @@ def write_onnx(
     model = _convert(exported.program)
     _restore_input_names(model, exported.program)
     _name_dimensions(model, exported)
+    _count_axes_from_the_front(model)
     _forget_sources(model)
     weight_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     is_large = weight_bytes + min(STRUCTURE_ALLOWANCE, size_limit // 2) > size_limit
@@ -199,6 +200,17 @@ def _name_dimensions(model: onnx.ModelProto, exported: FreeProgram) -> None:
         for dimension in entry.type.tensor_type.shape.dim:
             if dimension.dim_param:
                 dimension.dim_param = re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), dimension.dim_param)
+
+
+def _count_axes_from_the_front(model: onnx.ModelProto) -> None:
+    """Call the channels axis 1 where they are concatenated: onnxruntime keeps its blocked layout only if it sees a 1."""
+    graph = model.graph
+    known = [*graph.value_info, *graph.input, *graph.output]
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in known if v.type.tensor_type.HasField("shape")}
+    for node in graph.node:
+        if node.op_type == "Concat" and node.output[0] in ranks:
+            (axis,) = node.attribute
+            axis.i %= ranks[node.output[0]]
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:

@@ -253,6 +253,20 @@ def test_bfloat16_weights_come_back_with_their_bits(name: str, tmp_path: Path) -
         assert torch.equal(loaded.state_dict()[key], tensor)
 
 
+class Concatenating(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.relu(x), torch.cat([x, x], dim=-1)], dim=-1)
+
+
+def test_an_onnx_model_counts_the_axes_of_concatenations_from_the_front(tmp_path: Path) -> None:
+    """onnxruntime keeps its blocked layout of images only through a concatenation along axis 1."""
+    import onnx
+
+    save(Concatenating().eval(), tmp_path / "model.onnx", example_args=(torch.randn(2, 3, 9, 9),))
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert [node.attribute[0].i for node in nodes if node.op_type == "Concat"] in ([3], [3, 3])
+
+
 def test_an_onnx_model_that_onnxruntime_cannot_run_is_refused(tmp_path: Path) -> None:
     model = compiled(Residual()).to(torch.bfloat16)
     with pytest.raises(InputError, match=r"^onnxruntime cannot load model\.onnx: [^\n]*$"):
