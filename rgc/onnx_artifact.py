@@ -203,7 +203,7 @@ def _name_dimensions(model: onnx.ModelProto, exported: FreeProgram) -> None:
 
 
 def _count_axes_from_the_front(model: onnx.ModelProto) -> None:
-    """Call the channels axis 1 where they are concatenated: onnxruntime keeps its blocked layout only if it sees a 1."""
+    """Call the channels of a concatenation axis 1: onnxruntime keeps its blocked layout only if it sees a 1."""
     graph = model.graph
     known = [*graph.value_info, *graph.input, *graph.output]
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in known if v.type.tensor_type.HasField("shape")}
