@@ -50,7 +50,7 @@ def test_an_inner_value_that_is_an_output_stays(calls: Any, compiled: Any) -> No
 def test_a_matrix_that_is_too_large_is_refused(compiled: Any, reasons: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("rgc.passes.collapse"), "LARGEST_MATRIX", 100)
     report = compiled(nn.Sequential(nn.Linear(20, 2), nn.Linear(2, 20)), 2, 20, passes=[collapse])
-    assert "the region would be a matrix of 20 x 20 (0 M entries" in reasons(report, "collapse")
+    assert "a matrix of 20 x 20: 400 numbers (0.0 MiB); at most 100 numbers (0.0 MiB)" in reasons(report, "collapse")
 
 
 def test_a_region_that_mixes_samples_is_refused(calls: Any, compiled: Any, reasons: Any) -> None:
