@@ -131,7 +131,7 @@ def _worked_with(value: Value) -> int:
     narrow, wide = (value, value.inputs[0]) if op.transposed else (value.inputs[0], value)
     batch_and_channels, size = _split(narrow, op.spatial)
     padded = (n + max(before, 0) + max(after, 0) for n, (before, after) in zip(size, op.padding, strict=True))
-    columns = math.prod(op.kernel) * math.prod(_split(wide, op.spatial)[1])
+    columns = math.prod(op.kernel) * math.prod(_split(wide, op.spatial)[1]) // op.groups  # one group at a time
     return around + math.prod(batch_and_channels[1:]) * int(math.prod(padded) + columns)
 
 
