@@ -381,16 +381,21 @@ def _require_no_copies(match: Match, dying: list[Value]) -> None:
 
 
 def _merged_origin(match: Match) -> Origin:
-    """Every path that went in; the convolution with the most weights gives the new layer its name."""
+    """Every path that went in; the convolution with the most weights gives the new layer its name.
+
+    No layer stands for a whole region: there it is the last of the outermost ones.
+    """
 
     def weight(value: Value) -> int:
         return math.prod(value.op.shape) if isinstance(value.op, Conv) else 0
 
-    leading = max(match.interior, key=weight)
-    origin = leading.origin
+    origin = Origin()
     for value in reversed(match.interior):
         origin = origin | value.origin
-    return origin
+    if any(type(op) is Region for op in match.operators.values()):
+        outermost = min(reversed(origin.paths), key=lambda path: path.count("."), default=None)
+        return origin if outermost is None else Origin((outermost,)) | origin
+    return max(match.interior, key=weight).origin | origin
 
 
 def _condition(ranges: dict[Value, Interval]) -> str:
