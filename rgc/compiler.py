@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
@@ -47,6 +48,15 @@ class CompiledModule(fx.GraphModule):
         compiled.report, compiled.plan, compiled.example = report, plan, example
         return compiled.eval()
 
+    def recompile(self) -> PythonCode:
+        """As in torch.fx, but for the cost of a call, which is what the call of a very small model costs."""
+        code = super().recompile()
+        cls: Any = type(self)  # torch.fx makes one for every module
+        del cls.__call__  # its wrapper prints the generated line behind an error, and torch.nn.Module's own does it all
+        for name in self._modules:
+            setattr(cls, name, _layer_named(name))
+        return code
+
     def __reduce__(self) -> Any:
         rebuild, arguments = super().__reduce__()[:2]
         return _restored, (rebuild, arguments, self.report, self.plan, self.example)
@@ -55,6 +65,18 @@ class CompiledModule(fx.GraphModule):
         copied = cast(CompiledModule, super().__deepcopy__(memo or {}))
         copied.report, copied.plan, copied.example = self.report, self.plan, self.example
         return copied
+
+
+def _layer_named(name: str) -> property:
+    """A layer as an attribute of the class, found at once, where torch.nn.Module searches when all else has failed."""
+
+    def layer(module: nn.Module) -> nn.Module | None:
+        try:
+            return module._modules[name]
+        except KeyError:
+            raise AttributeError(name) from None  # and torch.nn.Module says so in its own words
+
+    return property(layer)
 
 
 def _restored(rebuild: Any, arguments: tuple[Any, ...], report: Report, plan: Plan, example: Example) -> CompiledModule:

@@ -223,7 +223,7 @@ class _Emitter:
             case Identity():
                 return self.graph.call_method("clone", (inputs[0],)) if op.copies else inputs[0]
             case Flatten():
-                return self._function(value, torch.flatten, inputs[0], 1)
+                return self.graph.call_method("flatten", (inputs[0], 1))  # a call less than torch.flatten
             case Unflatten():
                 return self.graph.call_method("unflatten", (inputs[0], 1, op.shape))
             case Add():

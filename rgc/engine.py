@@ -11,7 +11,7 @@ import math
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.utils._pytree import tree_map
 
@@ -19,10 +19,11 @@ from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
+from rgc.partition import parts_that_pay
 from rgc.planner import Planner
 from rgc.proof import check_firing
 from rgc.ranges import Interval, range_of
-from rgc.region import affine_regions, join_at, partial_joins_at
+from rgc.region import Region, affine_regions, join_at, partial_joins_at
 from rgc.report import Failure, Firing, Refused
 from rgc.rewrite import Case, GraphPass, Match, Pass, Rewrite, observed, unread_geometry
 
@@ -112,6 +113,7 @@ class _Worklist:
         cases = [(rewrite, case) for rewrite in rewrites for case in rewrite.cases]
         self.local = [pair for pair in cases if not pair[1].matches_regions]
         self.regional = [pair for pair in cases if pair[1].matches_regions]
+        self.of_parts = [pair for pair in self.regional if pair[1].matches_parts]
         nodes = graph.nodes()
         self.order: dict[Value, float] = {value: float(index) for index, value in enumerate(nodes)}
         self.uses = Counter(id(value.op) for value in nodes)
@@ -158,16 +160,67 @@ class _Worklist:
         yield from filter(None, map(case.match_partial, partial_joins_at(value, self.graph)))
 
     def _visit_regions(self) -> bool:
-        """Whole maximal regions come last, when nothing local fires any more; True if one fired."""
-        for region in affine_regions(self.graph) if self.regional else []:
-            for rewrite, case in self.regional:
-                match = case.match_region(region)
-                if match is not None and self._try_all(rewrite, region.sink, iter([match]), case, may_copy=True):
-                    return True
+        """Regions come last, when nothing local fires any more; True if one fired."""
+        fired = False
+        outputs = set(self.graph.output_values)
+        for region in reversed(affine_regions(self.graph)) if self.of_parts else ():  # one may begin where one ends
+            if all(value in self.graph for value in (region.source, *region.values)):
+                fired = self._visit_region(region, outputs) or fired
+        return fired
+
+    def _visit_region(self, region: Region, outputs: set[Value]) -> bool:
+        """The parts that the plan names, last to first, for each begins where the one before ends."""
+        inside = set(region.values)
+        needed = {v for v in region.values if v in outputs or any(u not in inside for u in self.graph.users(v))}
+        parts = parts_that_pay(region, self._price_of, self._price, needed)
+        fired = False
+        for part in reversed(parts or [region]):  # without parts, the region itself is tried, and says why not
+            fired = self._rewrite_part(part) or fired
+        return fired
+
+    def _rewrite_part(self, part: Region) -> bool:
+        for rewrite, case in self._by_price(part):
+            match = case.match_region(part)
+            if match is None or _exhausted(self.policy, self.record):
+                continue
+            if self._try_all(rewrite, part.sink, iter([match]), case, may_copy=True):
+                return True
         return False
 
+    def _by_price(self, part: Region) -> list[tuple[Rewrite, Case]]:
+        """The rewrites of regions, by the price of what they make of ``part``; last those that refuse it."""
+
+        def price(pair: tuple[Rewrite, Case]) -> float:
+            found = self._price_by(part, *pair)
+            return math.inf if found is None else found
+
+        return sorted(self.of_parts, key=price)
+
+    def _price_of(self, part: Region) -> float | None:
+        """What the cheapest rewrite of ``part`` would cost; None where none takes it."""
+        prices = (self._price_by(part, rewrite, case) for rewrite, case in self.of_parts)
+        return min((price for price in prices if price is not None), default=None)
+
+    def _price_by(self, part: Region, rewrite: Rewrite, case: Case) -> float | None:
+        """What ``rewrite`` would make of ``part`` costs, before any number of it is computed."""
+        match = case.match_region(replace(part, outlined=True))
+        if match is None or self._is_barred(rewrite, part.sink):
+            return None
+        try:
+            new = build(rewrite, case, match)
+        except (Refusal, GraphError):
+            return None
+        return cost(topological([new], known=lambda value: value is part.source), *self._weights)
+
+    def _price(self, value: Value) -> float:
+        return cost([value], *self._weights)
+
+    @property
+    def _weights(self) -> tuple[Objective, Target]:
+        return self.policy.objective, self.policy.target
+
     def _try_all(self, rewrite: Rewrite, root: Value, matches: Iterator[Match], case: Case, may_copy: bool) -> bool:
-        if (rewrite.name, root.where) in self.policy.banned or (rewrite.name, root) in self.record.broken:
+        if self._is_barred(rewrite, root):
             return False
         for match in matches:
             if not may_copy and len(_dying(self.graph, match)) < len(match.interior):
@@ -184,6 +237,9 @@ class _Worklist:
                 self.record.require_progress(self.allowance)
                 return True
         return False
+
+    def _is_barred(self, rewrite: Rewrite, root: Value) -> bool:
+        return (rewrite.name, root.where) in self.policy.banned or (rewrite.name, root) in self.record.broken
 
     def _fire(self, rewrite: Rewrite, case: Case, match: Match) -> None:
         root = match.root
@@ -349,16 +405,21 @@ def _require_no_copies(match: Match, dying: list[Value]) -> None:
 
 
 def _merged_origin(match: Match) -> Origin:
-    """Every path that went in; the convolution with the most weights gives the new layer its name."""
+    """Every path that went in; the convolution with the most weights gives the new layer its name.
+
+    No layer stands for a whole region: there it is the last of the outermost ones.
+    """
 
     def weight(value: Value) -> int:
         return math.prod(value.op.shape) if isinstance(value.op, Conv) else 0
 
-    leading = max(match.interior, key=weight)
-    origin = leading.origin
+    origin = Origin()
     for value in reversed(match.interior):
         origin = origin | value.origin
-    return origin
+    if any(type(op) is Region for op in match.operators.values()):
+        outermost = min(reversed(origin.paths), key=lambda path: path.count("."), default=None)
+        return origin if outermost is None else Origin((outermost,)) | origin
+    return max(match.interior, key=weight).origin | origin
 
 
 def _condition(ranges: dict[Value, Interval]) -> str:

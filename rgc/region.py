@@ -33,10 +33,15 @@ MOST_ADDENDS = 12
 
 @dataclass(frozen=True, eq=False)
 class Region(Operator):
-    """The affine values between ``source`` (not included) and the last of ``values``, in topological order."""
+    """The affine values between ``source`` (not included) and the last of ``values``, in topological order.
+
+    outlined: is only its size asked for? It evaluates to zeros then, at no cost, so that what a rewrite would make of
+    it can be weighed before any number is computed.
+    """
 
     source: Value
     values: tuple[Value, ...]
+    outlined: bool = False
     affine: ClassVar[bool] = True
 
     @property
@@ -50,6 +55,8 @@ class Region(Operator):
 
     def evaluate(self, *inputs: Any) -> Any:
         (x,) = inputs
+        if self.outlined:
+            return x.new_zeros(x.shape[0], *self.sink.tensor_type.shape[1:])
         results: dict[Value, Any] = {self.source: x}
         for value in self.values:
             results[value] = evaluate_value(value, [results[used] for used in value.inputs], {}, x.dtype)
@@ -57,6 +64,30 @@ class Region(Operator):
 
     def infer(self, *types: TensorType | None) -> TensorType | None:
         return self.sink.type
+
+    @property
+    def waists(self) -> list[int]:
+        """The indices of the values through which everything passes from the source to the sink, which is the last.
+
+        What is read behind a waist was made behind it, or is the waist, or a constant. Between any two lies a region.
+        """
+        number = order_of(list(self.values))
+        last_read = {used: number[value] for value in self.values for used in value.inputs}
+        found, reached = [], last_read[self.source]
+        for index, value in enumerate(self.values):
+            if isinstance(value.op, Constant):
+                continue
+            if reached <= index:
+                found.append(index)
+            reached = max(reached, last_read.get(value, index))
+        return found
+
+    def between(self, first: int, last: int) -> Region:
+        """The part behind the waist at ``first`` (-1: behind the source) up to the one at ``last``."""
+        own = [value for value in self.values[first + 1 : last + 1] if not isinstance(value.op, Constant)]
+        read = dict.fromkeys(used for value in own for used in value.inputs)
+        constants = (used for used in read if isinstance(used.op, Constant))
+        return Region(self.source if first < 0 else self.values[first], (*constants, *own))
 
     def as_linear(self, size: Size | None) -> Linear:
         """The region as one linear operator, or a refusal that names the value in the way."""

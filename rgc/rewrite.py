@@ -127,6 +127,11 @@ class Case:
         return isinstance(self.pattern, Applied) and self._region_class() is not None
 
     @property
+    def matches_parts(self) -> bool:
+        """Is the whole pattern any part of an affine region, not only where branches join?"""
+        return isinstance(self.pattern, Applied) and self._region_class() is Region
+
+    @property
     def is_pair(self) -> bool:
         """Is the pattern two operators in a row, second(first(x))?"""
         outer = self.pattern

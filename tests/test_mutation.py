@@ -6,7 +6,7 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -496,8 +496,11 @@ def collapse_transposed(p: Planter) -> None:
 
 
 def collapse_offset_dropped(p: Planter) -> None:
-    module = importlib.import_module("rgc.passes.collapse")
-    p.replace(module, "Conv", lambda original, weight, bias, **options: original(weight, None, **options))
+    def faulty(original: Any, x: Value, region: Any) -> Value:
+        made: Value = original(x, region)
+        return cast(Conv, made.op).changed(bias=None)(*made.inputs)
+
+    p.replace_result("collapse", 0, faulty)
 
 
 def ranges_of_activations_with(**change: Any) -> Callable[[Planter], None]:
