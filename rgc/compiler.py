@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
-from rgc.emit import emit, opaque_counts, operator_counts
+from rgc.emit import emit, narrow, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import (
@@ -390,18 +390,30 @@ def _attempt(
     subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy, dtype: torch.dtype, options: Options
 ) -> _Attempt:
     graph, record = _rewritten(subject, captured, passes, policy)
+    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
+    reference = copy_model(subject.proof_model, share_parameters=True) if subject.in_float64 else None
+    original, free = subject.runnable(dtype), _holds_at_any_size(graph) and not captured.fixed_size
+    precise = emit(graph, None, copies=False) if subject.in_float64 else None
+    pair = Pair(original, precise or original, reference, precise, dtype, subject.device)
+    cases = pair.check_in_float64(
+        subject.proof_example, level=options.verify, free_sizes=free, expected=subject.expected
+    )  # fmt: skip
+    if precise is not None:
+        _release(precise)
+    narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
     module = emit(graph, dtype).to(subject.device)
     if _is_channels_last(subject.model):
         module = module.to(memory_format=torch.channels_last)
-    precise = emit(graph, None, copies=False) if subject.in_float64 else None
-    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
-    reference = copy_model(subject.proof_model, share_parameters=True) if subject.in_float64 else None
-    original, result = subject.runnable(dtype), copy_model(module, share_parameters=True)
-    pair = Pair(original, result, reference, precise, dtype, subject.device)
-    free = _holds_at_any_size(graph) and not captured.fixed_size
-    example = subject.proof_example
-    verification = pair.check(example, level=options.verify, free_sizes=free, expected=subject.expected)
+    result = copy_model(module, share_parameters=True)
+    verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
     return _Attempt(graph, record, module, verification)
+
+
+def _release(module: fx.GraphModule) -> None:
+    """Let go of the weights now: a `GraphModule` and its graph refer to each other, and so live on for a while."""
+    for part in module.modules():
+        part._parameters.clear()
+        part._buffers.clear()
 
 
 def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> tuple[Graph, Record]:
@@ -424,7 +436,9 @@ def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], polic
     def error_after(count: int) -> tuple[float, list[Firing]]:
         graph, record = _rewritten(subject, captured, passes, replace(policy, limit=count))
         module = emit(graph, None, copies=False)
-        return output_difference(subject.expected, subject.proof_example.run(module)), record.firings
+        difference = output_difference(subject.expected, subject.proof_example.run(module))
+        _release(module)
+        return difference, record.firings
 
     _, record = _rewritten(subject, captured, passes, policy)
     good, bad = 0, len(record.firings)

@@ -50,6 +50,22 @@ def emit(graph: Graph, dtype: torch.dtype | None, *, copies: bool = True) -> fx.
     return _Emitter(graph, dtype, copies).run()
 
 
+def narrow(graph: Graph, dtype: torch.dtype) -> None:
+    """Keep the kernels of ``graph`` in ``dtype`` from now on, in which they are emitted anyway.
+
+    What the emission computes with (biases, factors, kernels that pad with a value) stays as precise as it is.
+    """
+    shared: dict[int, list[Value]] = {}
+    for value in graph.nodes():
+        shared.setdefault(id(value.op), []).append(value)
+    for values in shared.values():
+        op = values[0].op
+        if isinstance(op, Conv) and op.pad_value is None and op.weight.dtype == torch.float64:
+            op = op.changed(weight=op.weight.to(dtype))
+            for value in values:
+                value.op = op
+
+
 def operator_counts(graph: Graph) -> Counter[str]:
     """Layers and functions that the graph runs, by PyTorch's names; views and checks do not count."""
     counts: Counter[str] = Counter()

@@ -26,6 +26,9 @@ from rgc.report import Verification
 
 Level = Literal["quick", "full"]
 
+#: Outputs of up to so many elements are kept from the check in float64 to that in the deployed dtype.
+LARGEST_KEPT = 2**18
+
 #: How many inputs are drawn beside the example.
 DRAWS: dict[str, int] = {"quick": 4, "full": 50}
 
@@ -73,6 +76,29 @@ def verify(
 
 
 @dataclass(frozen=True)
+class Case:
+    """An input, and what the original makes of it; None where that is so large that it is computed again instead."""
+
+    example: Example
+    expected: Any
+
+    @classmethod
+    def of(cls, example: Example, expected: Any) -> Case:
+        """The case, with the output if it is small."""
+        elements = sum(leaf.numel() for leaf in tree_flatten(expected)[0] if isinstance(leaf, Tensor))
+        return cls(example, expected if elements <= LARGEST_KEPT else None)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Inputs on which two models agree in float64, up to ``exact`` (None: not compared there)."""
+
+    level: Level
+    cases: list[Case]
+    exact: float | None
+
+
+@dataclass(frozen=True)
 class Pair:
     """An original and its compiled form, each in the deployed dtype and in float64 (None: not to be had)."""
 
@@ -86,30 +112,51 @@ class Pair:
 
     def check(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Verification:
         """The worst differences over the example and the drawn inputs; `NotEquivalentError` names the input's shape."""
-        worst = _Worst()
-        self._compare(example, worst, expected)
+        cases = self.check_in_float64(example, level=level, free_sizes=free_sizes, expected=expected)
+        return self.check_deployed(cases)
+
+    def check_in_float64(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Cases:
+        """The example and the drawn inputs that the original takes, on which the two agree in float64.
+
+        ``expected``: what the original makes of the example, if that is known.
+        """
+        first = self._expected(example) if expected is None else expected
+        cases, exact = [Case.of(example, first)], self._exact_difference(example, first)
         for drawn in draw_examples(example, DRAWS[level], free_sizes):
             if not self.accepts(drawn):
                 continue
             try:
-                reference = self.original if self.reference is None else self.reference  # an empty model is false
-                expected = drawn.cast(self.dtype if self.reference is None else torch.float64).run(reference)
+                found = self._expected(drawn)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
-            self._compare(drawn, worst, expected)
-        exact = worst.exact if self.compiled_reference is not None else None
-        return Verification(True, exact, worst.deployed, worst.own, worst.allowed, worst.count, level)
+            exact = max(exact, self._exact_difference(drawn, found))
+            cases.append(Case.of(drawn, found))
+        return Cases(level, cases, exact if self.compiled_reference is not None else None)
+
+    def check_deployed(self, cases: Cases) -> Verification:
+        """The worst differences in the deployed dtype; the compiled form in float64 is not needed for it any more."""
+        worst = _Worst()
+        for case in cases.cases:
+            expected = self._expected(case.example) if case.expected is None else case.expected
+            self._compare(case.example, worst, expected)
+        return Verification(True, cases.exact, worst.deployed, worst.own, worst.allowed, worst.count, cases.level)
+
+    def _expected(self, example: Example) -> Any:
+        """What the original makes of an input, in float64 where that is to be had."""
+        if self.reference is None:
+            return example.cast(self.dtype).run(self.original)
+        return example.cast(torch.float64).run(self.reference)
+
+    def _exact_difference(self, example: Example, expected: Any) -> float:
+        if self.compiled_reference is None:
+            return 0.0
+        precise = example.cast(torch.float64)
+        exact = output_difference(expected, _run(self.compiled_reference, precise))
+        if not exact <= TOLERANCE and not exact <= self._rounding(precise, expected):
+            raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
+        return exact
 
     def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
-        reference = self.original if self.reference is None else self.reference
-        precise = example if self.reference is None else example.cast(torch.float64)
-        if expected is None:
-            expected = precise.run(reference)
-        if self.compiled_reference is not None:
-            exact = output_difference(expected, _run(self.compiled_reference, precise))
-            worst.exact = max(worst.exact, exact)
-            if not exact <= TOLERANCE and not exact <= self._rounding(precise, expected):
-                raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
         deployed = example.cast(self.dtype).to(self.device)
         original, result = deployed.run(self.original), _run(self.compiled, deployed)
         own, found = (output_difference(expected, _on_cpu(output)) for output in (original, result))
@@ -185,7 +232,6 @@ def _require_same_dtypes(original: Any, result: Any) -> None:
 
 @dataclass
 class _Worst:
-    exact: float = 0.0
     deployed: float = 0.0
     own: float = 0.0
     allowed: float = 0.0
