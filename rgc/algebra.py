@@ -37,6 +37,7 @@ from rgc.axis import Axis, align_axes, compose_axes, copies, inside_tap, ring
 from rgc.errors import GraphError, Refusal, require
 from rgc.ir import Operator, TensorType
 from rgc.kernels import Kernel, add_kernels, compose_kernels, regroup, transpose_kernel
+from rgc.precision import in_float64
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size = tuple[int, ...]
@@ -153,7 +154,9 @@ class _Weight:
             raise AttributeError("weight has no default")
         stored = conv.__dict__["weight"]
         if isinstance(stored, Deferred):
-            stored = conv.__dict__["weight"] = stored.compute()
+            with in_float64():
+                stored = stored.compute()
+            conv.__dict__["weight"] = stored
         return cast(Tensor, stored)
 
     def __set__(self, conv: Any, value: Tensor | Deferred) -> None:
@@ -386,7 +389,8 @@ class Conv(Linear):
         if self.ones is None:
             raise GraphError(f"{self.label}: there is no channel of ones")
         axis = 0 if self.transposed else 1
-        weight = torch.cat([self.weight, self.ones.unsqueeze(axis).to(self.weight)], axis)
+        dtype = torch.promote_types(self.weight.dtype, self.ones.dtype)
+        weight = torch.cat([self.weight.to(dtype), self.ones.unsqueeze(axis).to(dtype)], axis)
         value = self.pad_value
         if value is not None:
             value = torch.cat([value, value.new_zeros(1)])

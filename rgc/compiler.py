@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
@@ -14,13 +14,22 @@ from torch.fx.graph import PythonCode
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
-from rgc.emit import emit, opaque_counts, operator_counts
+from rgc.emit import emit, narrow, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
-from rgc.example import Example, copy_model, output_difference, precisely, unchanged_generators
+from rgc.example import (
+    Example,
+    copy_model,
+    output_difference,
+    precise_form,
+    precisely,
+    same_memory,
+    unchanged_generators,
+)
 from rgc.frontend import TIERS, Capture, capture
 from rgc.ir import Graph
 from rgc.passbook import resolve
+from rgc.precision import ReadOnlyModel
 from rgc.proof import TOLERANCE
 from rgc.report import Failure, Firing, Refused, Report, Verification
 from rgc.rewrite import Pass
@@ -271,7 +280,10 @@ def compile_with(model: nn.Module, example: Example, options: Options) -> Compil
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model under compilation: as it is, and as the proof sees it (float64 where it runs in float64)."""
+    """The model under compilation: as it is, and as the proof sees it (in float64 where it runs in float64).
+
+    ``is_read_only``: forward is known to leave the weights as they are, so it may run on those of the user's model.
+    """
 
     model: nn.Module
     device: torch.device
@@ -279,6 +291,7 @@ class _Subject:
     proof_example: Example
     expected: Any
     in_float64: bool
+    is_read_only: bool
     tolerance: float
     notes: tuple[str, ...]
 
@@ -287,9 +300,9 @@ class _Subject:
         device = device_of(model)
         on_cpu = example.to(torch.device("cpu"))
         try:
-            precise = copy_model(model, dtype=torch.float64).cpu().requires_grad_(False)
-            expected = on_cpu.cast(torch.float64).run(copy_model(precise, share_parameters=True))
-            return _Subject(model, device, precise, on_cpu.cast(torch.float64), expected, True, TOLERANCE, ())
+            wide = on_cpu.cast(torch.float64)
+            found = precise_form(model, wide)
+            return _Subject(model, device, found.model, wide, found.expected, True, found.shares, TOLERANCE, ())
         # Forward is the user's own and may raise anything; what remains wrong is raised below, in the own dtype.
         except Exception as error:
             name = str(dtype).removeprefix("torch.")
@@ -302,7 +315,16 @@ class _Subject:
             raise InputError(
                 f"{type(model).__name__} does not run on an input of {shapes}: {_first_line(error)}"
             ) from error
-        return _Subject(model, device, plain, on_cpu, expected, False, 256 * torch.finfo(dtype).eps, (note,))
+        return _Subject(model, device, plain, on_cpu, expected, False, False, 256 * torch.finfo(dtype).eps, (note,))
+
+    def runnable(self, dtype: torch.dtype) -> Callable[..., Any]:
+        """The model as it runs in ``dtype`` on its device, such that the user's own model stays as it is."""
+
+        def copied() -> nn.Module:
+            return copy_model(self.model, dtype=dtype)
+
+        is_cast = any(t.is_floating_point() and t.dtype != dtype for t in self.model.parameters())
+        return copied() if is_cast or not self.is_read_only else ReadOnlyModel(same_memory(self.model), copied)
 
 
 def _first_line(error: Exception) -> str:
@@ -390,18 +412,30 @@ def _attempt(
     subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy, dtype: torch.dtype, options: Options
 ) -> _Attempt:
     graph, record = _rewritten(subject, captured, passes, policy)
+    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
+    reference = copy_model(subject.proof_model, share_parameters=True) if subject.in_float64 else None
+    original, free = subject.runnable(dtype), _holds_at_any_size(graph) and not captured.fixed_size
+    precise = emit(graph, None, copies=False) if subject.in_float64 else None
+    pair = Pair(original, precise or original, reference, precise, dtype, subject.device)
+    cases = pair.check_in_float64(
+        subject.proof_example, level=options.verify, free_sizes=free, expected=subject.expected
+    )  # fmt: skip
+    if precise is not None:
+        _release(precise)
+    narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
     module = emit(graph, dtype).to(subject.device)
     if _is_channels_last(subject.model):
         module = module.to(memory_format=torch.channels_last)
-    precise = emit(graph, torch.float64) if subject.in_float64 else None
-    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
-    reference = copy_model(subject.proof_model, share_parameters=True) if subject.in_float64 else None
-    original, result = copy_model(subject.model, dtype=dtype), copy_model(module, share_parameters=True)
-    pair = Pair(original, result, reference, precise, dtype, subject.device)
-    free = _holds_at_any_size(graph) and not captured.fixed_size
-    example = subject.proof_example
-    verification = pair.check(example, level=options.verify, free_sizes=free, expected=subject.expected)
+    result = copy_model(module, share_parameters=True)
+    verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
     return _Attempt(graph, record, module, verification)
+
+
+def _release(module: fx.GraphModule) -> None:
+    """Let go of the weights now: a `GraphModule` and its graph refer to each other, and so live on for a while."""
+    for part in module.modules():
+        part._parameters.clear()
+        part._buffers.clear()
 
 
 def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> tuple[Graph, Record]:
@@ -423,8 +457,10 @@ def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], polic
 
     def error_after(count: int) -> tuple[float, list[Firing]]:
         graph, record = _rewritten(subject, captured, passes, replace(policy, limit=count))
-        module = emit(graph, torch.float64 if subject.in_float64 else None)
-        return output_difference(subject.expected, subject.proof_example.run(module)), record.firings
+        module = emit(graph, None, copies=False)
+        difference = output_difference(subject.expected, subject.proof_example.run(module))
+        _release(module)
+        return difference, record.firings
 
     _, record = _rewritten(subject, captured, passes, policy)
     good, bad = 0, len(record.firings)

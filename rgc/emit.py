@@ -42,9 +42,28 @@ from rgc.operators import (
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 
 
-def emit(graph: Graph, dtype: torch.dtype | None) -> fx.GraphModule:
-    """The graph as a module in eval mode; floating-point parameters are cast once, to ``dtype`` (None: kept)."""
-    return _Emitter(graph, dtype).run()
+def emit(graph: Graph, dtype: torch.dtype | None, *, copies: bool = True) -> fx.GraphModule:
+    """The graph as a module in eval mode; floating-point parameters are cast once, to ``dtype`` (None: kept).
+
+    Without ``copies`` parameters that are not cast are those of the graph: for a module that only runs in a proof.
+    """
+    return _Emitter(graph, dtype, copies).run()
+
+
+def narrow(graph: Graph, dtype: torch.dtype) -> None:
+    """Keep the kernels of ``graph`` in ``dtype`` from now on, in which they are emitted anyway.
+
+    What the emission computes with (biases, factors, kernels that pad with a value) stays as precise as it is.
+    """
+    shared: dict[int, list[Value]] = {}
+    for value in graph.nodes():
+        shared.setdefault(id(value.op), []).append(value)
+    for values in shared.values():
+        op = values[0].op
+        if isinstance(op, Conv) and op.pad_value is None and op.weight.dtype == torch.float64:
+            op = op.changed(weight=op.weight.to(dtype))
+            for value in values:
+                value.op = op
 
 
 def operator_counts(graph: Graph) -> Counter[str]:
@@ -126,8 +145,8 @@ def _layer_names(value: Value) -> list[str]:
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, dtype: torch.dtype | None) -> None:
-        self.source, self.dtype = graph, dtype
+    def __init__(self, graph: Graph, dtype: torch.dtype | None, copies: bool) -> None:
+        self.source, self.dtype, self.copies = graph, dtype, copies
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.nodes: dict[Value, fx.Node] = {}
@@ -387,6 +406,8 @@ class _Emitter:
 
     def _copied(self, module: nn.Module) -> nn.Module:
         """A module that rgc does not look into, in the dtype of the result; it shares its parameters as it did."""
+        if not self.copies:
+            return copy_model(module, dtype=self.dtype, share_parameters=True)
         copied = copy_model(module, dtype=self.dtype)
         for path, parameter in module.named_parameters(remove_duplicate=False):
             parent, _, name = path.rpartition(".")
@@ -428,7 +449,7 @@ class _Emitter:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = tensor.dtype if self.dtype is None or not tensor.is_floating_point() else self.dtype
-        return tensor.detach().to(dtype, copy=True).contiguous()
+        return tensor.detach().to(dtype, copy=self.copies).contiguous()
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter:
         """The parameter for a tensor: one and the same for layers that share their weights."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections import Counter, deque
+import weakref
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, requir
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.partition import parts_that_pay
 from rgc.planner import Planner
+from rgc.precision import in_float64
 from rgc.proof import check_firing
 from rgc.ranges import Interval, range_of
 from rgc.region import Region, affine_regions, join_at, partial_joins_at
@@ -110,6 +112,7 @@ class _Worklist:
         self, graph: Graph, rewrites: Sequence[Rewrite], policy: Policy, record: Record, allowance: int
     ) -> None:
         self.graph, self.policy, self.record, self.allowance = graph, policy, record, allowance
+        self.rewrites = rewrites
         cases = [(rewrite, case) for rewrite in rewrites for case in rewrite.cases]
         self.local = [pair for pair in cases if not pair[1].matches_regions]
         self.regional = [pair for pair in cases if pair[1].matches_regions]
@@ -117,9 +120,9 @@ class _Worklist:
         nodes = graph.nodes()
         self.order: dict[Value, float] = {value: float(index) for index, value in enumerate(nodes)}
         self.uses = Counter(id(value.op) for value in nodes)
-        self.pending = deque(nodes)
+        self.pending = deque(map(weakref.ref, nodes))  # what has been replaced meanwhile need not live on
         self.waiting = set(nodes)
-        self.copying: dict[Value, None] = {}  # where a match holds what is also used elsewhere, in order
+        self.copying: OrderedDict[weakref.ref[Value], None] = OrderedDict()  # where a match holds what others use too
         self.planner = planner_of(rewrites, policy)
 
     def run(self) -> None:
@@ -129,19 +132,18 @@ class _Worklist:
         """
         while not _exhausted(self.policy, self.record):
             if self.pending:
-                value = self.pending.popleft()
-                self.waiting.discard(value)
-                self._visit(value, may_copy=False)
+                value = self.pending.popleft()()
+                if value is not None and value in self.graph:
+                    self.waiting.discard(value)
+                    self._visit(value, may_copy=False)
             elif self.copying:
-                value = next(iter(self.copying))
-                del self.copying[value]
-                self._visit(value, may_copy=True)
+                value = self.copying.popitem(last=False)[0]()
+                if value is not None and value in self.graph:
+                    self._visit(value, may_copy=True)
             elif not self._visit_regions():
                 return
 
     def _visit(self, value: Value, may_copy: bool) -> None:
-        if value not in self.graph:
-            return
         for rewrite, _ in (*self.local, *self.regional):
             self.record.refusals.pop((rewrite.name, value), None)  # what stood in the way may have gone
         for rewrite, case in self.local:
@@ -224,7 +226,7 @@ class _Worklist:
             return False
         for match in matches:
             if not may_copy and len(_dying(self.graph, match)) < len(match.interior):
-                self.copying[root] = None
+                self.copying[weakref.ref(root)] = None
                 continue
             try:
                 self._fire(rewrite, case, match)
@@ -255,8 +257,6 @@ class _Worklist:
         sources = [value for value in match.values.values() if value not in match.interior]
         ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
         error = check_firing(match.target, replacement, sources, ranges=ranges)
-        self.uses.update(id(value.op) for value in added)
-        self.uses.subtract(id(value.op) for value in dying)
         origin = _merged_origin(match)
         self._replace(match, new, added, origin)
         kind = "range-conditional" if case.relies_on_range else _evidence_class(match, added, error)
@@ -293,13 +293,28 @@ class _Worklist:
         low = max(
             (self.order[used] for value in added for used in value.inputs if used in self.order), default=high - 1
         )
+        self.uses.update(id(value.op) for value in added)
         self.graph.replace(root, new)
         for index, value in enumerate(added, start=1):
             self.order[value] = low + (high - low) * index / len(added)
+        self._forget(_gone(self.graph, match))
+        nearby = {value for value in nearby if value in self.graph}
         for value in [*added, *self.graph.users(new), *sorted(nearby, key=self.order.__getitem__)]:
             if value in self.graph and value not in self.waiting:
                 self.waiting.add(value)
-                self.pending.append(value)
+                self.pending.append(weakref.ref(value))
+
+    def _forget(self, gone: list[Value]) -> None:
+        """Let go of values that the graph holds no more, and of their weights with them."""
+        for value in gone:
+            self.order.pop(value, None)
+            self.waiting.discard(value)
+            for rewrite in self.rewrites:
+                self.record.refusals.pop((rewrite.name, value), None)
+            self.uses[id(value.op)] -= 1
+            if not self.uses[id(value.op)]:
+                del self.uses[id(value.op)]  # another operator may get the id
+        self.planner.forget(gone)
 
 
 def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
@@ -338,7 +353,8 @@ def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
     """What ``rewrite`` makes of a match; raises its `Refusal`, and a `GraphError` where it breaks its contract."""
     operators = {name: observed(op) for name, op in match.operators.items()}
     try:
-        new = case.build(**match.values, **operators)
+        with in_float64():
+            new = case.build(**match.values, **operators)
     except RgcError:
         raise
     except Exception as error:  # a rewrite is its author's code and may raise anything: reported, the model kept
@@ -397,6 +413,18 @@ def _dying(graph: Graph, match: Match) -> list[Value]:
             gone.add(value)
             dying.append(value)
     return dying
+
+
+def _gone(graph: Graph, match: Match) -> list[Value]:
+    """The matched values, and those before them, that the graph holds no more."""
+    gone: dict[Value, None] = {}
+    stack = [match.root]
+    while stack:
+        value = stack.pop()
+        if value not in graph and value not in gone:
+            gone[value] = None
+            stack.extend(value.inputs)
+    return list(gone)
 
 
 def _require_no_copies(match: Match, dying: list[Value]) -> None:
@@ -469,7 +497,8 @@ def _paths(graph: Graph) -> dict[str, None]:
 
 def _changed_by(each: GraphPass, graph: Graph) -> Graph:
     try:
-        changed = each.run(graph)
+        with in_float64():
+            changed = each.run(graph)
     except RgcError:
         raise
     except Exception as error:  # as in build

@@ -7,17 +7,20 @@ import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.errors import InputError, TraceError
+from rgc.precision import LOW, precisely
 from rgc.proof import relative_difference
+
+#: Two runs of one model in float64 differ by no more than this: there is no order of summation but one to choose from.
+SAME = 1e-13
 
 
 @dataclass(frozen=True)
@@ -224,13 +227,77 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False, dtype: torch
     ``copy.deepcopy`` those with a gradient history: a weight that a hook computes.
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    copied = _copied(model, memo, dtype)
+    return copied if dtype is None else copied.to(dtype)
+
+
+def same_memory(model: nn.Module) -> nn.Module:
+    """A copy with modules and parameters of its own, whose floating-point weights lie in the memory of the model's."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    memo.update({id(buffer): buffer.detach() for buffer in model.buffers() if buffer.is_floating_point()})
+    return _copied(model, memo, None).requires_grad_(False)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any], dtype: torch.dtype | None) -> nn.Module:
     for module in model.modules():
         for leaf in tree_flatten([value for name, value in vars(module).items() if not name.startswith("_")])[0]:
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
                 wanted = leaf.dtype if dtype is None or not leaf.is_floating_point() else dtype
                 memo.setdefault(id(leaf), leaf.detach().to(wanted, copy=True))
-    copied = copy.deepcopy(model, memo)
-    return copied if dtype is None else copied.to(dtype)
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True)
+class Precise:
+    """A model that runs in float64 on the CPU, and its output on an example there.
+
+    ``shares``: its weights are those of the model that it came from, widened where they are used.
+    """
+
+    model: nn.Module
+    expected: Any
+    shares: bool
+
+
+def precise_form(model: nn.Module, example: Example) -> Precise:
+    """``model`` as it runs in float64 on the CPU, without a copy of its weights where one makes no difference.
+
+    Whether it does is tried: a copy in float64 tells the output, and whether ``forward`` writes to its weights. Raises
+    what ``forward`` raises in float64.
+    """
+    precise = copy_model(model, dtype=torch.float64).cpu().requires_grad_(False)
+    running = copy_model(precise, share_parameters=True)
+    expected = example.run(running)
+    if not _has_weights_of(running, model):
+        return Precise(copy_model(model, dtype=torch.float64).cpu().requires_grad_(False), expected, shares=False)
+    del running
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
+    if not tensors or not all(tensor.is_cpu and tensor.dtype in LOW for tensor in tensors):
+        return Precise(precise, expected, shares=False)
+    shared = same_memory(model)
+    try:
+        found = example.run(copy_model(shared, share_parameters=True))
+    except Exception:  # code that sees the dtypes of its weights may raise anything: then it gets a copy
+        return Precise(precise, expected, shares=False)
+    is_same = output_difference(expected, found) <= SAME
+    return Precise(shared if is_same else precise, expected, is_same)
+
+
+def _has_weights_of(after: nn.Module, before: nn.Module) -> bool:
+    """Are the parameters and buffers of ``after``, a copy in float64, still those of ``before``?"""
+    old, new = ({**dict(each.named_parameters()), **dict(each.named_buffers())} for each in (before, after))
+    return old.keys() == new.keys() and all(is_same_tensor(tensor, new[name]) for name, tensor in old.items())
+
+
+def is_same_tensor(before: Tensor, after: Tensor) -> bool:
+    """Are the elements the same, NaN included, if the first tensor is cast to the device and dtype of the second?"""
+    if before.shape != after.shape:
+        return False
+    cast = before.detach().to(after.device, after.dtype)
+    return torch.equal(cast, after) or torch.equal(cast.nan_to_num(), after.nan_to_num())
 
 
 @contextmanager
@@ -242,41 +309,7 @@ def unchanged_generators() -> Iterator[None]:
         yield
 
 
-def precisely(tensors: Any) -> Any:
-    """A context in which a model that casts to single or half precision stays in float64 where ``tensors`` are.
-
-    The function of a model is what it computes without rounding; a cast inside would hide 1e-10 behind 1e-7.
-    """
-    leaves = [leaf for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor)]
-    return _InFloat64() if any(leaf.dtype == torch.float64 for leaf in leaves) else nullcontext()
-
-
-class _InFloat64(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if any(isinstance(leaf, fx.Proxy) for leaf in args):  # a trace keeps what the user wrote
-            return func(*args, **options)
-        if func in _CASTS:
-            func = Tensor.double
-        args, options = tuple(map(_widened, args)), {key: _widened(value) for key, value in options.items()}
-        result = func(*args, **options)
-        if func in _FACTORIES and result.dtype == torch.float32:
-            return func(*args, **{**options, "dtype": torch.float64})
-        return result
-
-
-_LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
-_CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
-_FACTORIES = frozenset({
-    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand,
-    torch.randn, torch.tensor, torch.zeros,
-})  # fmt: skip
-
-
-def _widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _LOW else value
-
-
 __all__ = [
-    "Binding", "Example", "copy_model", "declare", "output_difference", "precisely", "unchanged_generators",
+    "Binding", "Example", "Precise", "copy_model", "declare", "is_same_tensor", "output_difference", "precise_form",
+    "precisely", "same_memory", "unchanged_generators",
 ]  # fmt: skip

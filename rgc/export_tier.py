@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from rgc.errors import TraceError
 from rgc.example import Binding, Example, copy_model, declare, precisely
 from rgc.lift import Source
 from rgc.modules import has_hooks
+from rgc.precision import is_precise
 from rgc.symbolic_tier import RefuseAutocast
 
 #: A size inside the model may be so many arithmetic operations away from the sizes of the input ...
@@ -55,8 +56,11 @@ def trace_by_export(model: nn.Module, example: Example) -> tuple[Source, bool]:
     users = [placeholders[spec.arg.name] for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
     bounds = _bounds(users, tree_flatten((args, kwargs))[0])
     _declare_inputs(graph, users, binding, bounds)
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     constants = {
-        spec.arg.name: _stored(program, spec) for spec in signature.input_specs if spec.kind.name != "USER_INPUT"
+        spec.arg.name: _stored(program, spec, weights)
+        for spec in signature.input_specs
+        if spec.kind.name != "USER_INPUT"
     }
     out = program.call_spec.out_spec
     source = Source(graph, program.graph_module, binding.values, constants, lambda o: tree_unflatten(list(o), out))
@@ -68,9 +72,9 @@ def _export(model: nn.Module, example: Example, free: Callable[[Any], Any]) -> t
     args, kwargs = tree_map(free, doubled.args), tree_map(free, doubled.kwargs)
     shapes = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     with _quietly(), torch.no_grad(), precisely(example.tensors), _Watch():
-        program = torch.export.export(
-            copy_model(model), doubled.args, doubled.kwargs, dynamic_shapes=shapes, strict=False
-        )
+        dtype = torch.float64 if is_precise(example.tensors) else None  # export sees dtypes where calls do not
+        copied = copy_model(model, dtype=dtype)
+        program = torch.export.export(copied, doubled.args, doubled.kwargs, dynamic_shapes=shapes, strict=False)
         decomposed: torch.export.ExportedProgram = program.run_decompositions({})
     return decomposed
 
@@ -105,10 +109,12 @@ def _is_too_complex(size: int | torch.SymInt) -> bool:
     return met > MOST_CONDITIONS or size.node.expr.count_ops() > MOST_OPERATIONS
 
 
-def _stored(program: torch.export.ExportedProgram, spec: Any) -> Any:
-    """What a placeholder stands for that is no input: a parameter, a buffer or another constant."""
+def _stored(program: torch.export.ExportedProgram, spec: Any, weights: Mapping[str, Tensor]) -> Any:
+    """What a placeholder stands for that is no input: a parameter, a buffer (the model's own ones), or a constant."""
     if spec.target in program.state_dict:
-        return program.state_dict[spec.target].detach()
+        stored = program.state_dict[spec.target].detach()
+        own = weights.get(spec.target, stored).detach()
+        return own if torch.equal(own.to(stored.dtype), stored) else stored
     if spec.target in program.constants:
         return program.constants[spec.target]
     raise TraceError(f"the exported program needs {spec.target}, which is no tensor")

@@ -30,6 +30,7 @@ from rgc.ir import Graph, Input, Operator, Origin, TensorType, Value
 from rgc.modules import STRUCTURAL_MODULES, has_hooks, module_handler, refresh_weights
 from rgc.normalizations import ATEN_NORMALIZATIONS, NORMALIZATIONS
 from rgc.operators import Activation, Call, Constant, Opaque, Slot, Structural, pytorch_name
+from rgc.precision import LOW, is_precise
 from rgc.rearrange import Subsample
 from rgc.rearrange_calls import LOOKED_THROUGH, REARRANGEMENTS
 
@@ -67,6 +68,7 @@ class _Lifter:
         self.outputs: Any = None
         self.operators: dict[int, Operator] = {}  # one operator per module, so that shared modules stay shared
         self.node: fx.Node | None = None
+        self.is_precise = is_precise(source.example)
         self.last_use = {used: node for node in source.graph.nodes for used in node.all_input_nodes}
 
     def run(self) -> Graph:
@@ -311,7 +313,8 @@ class _Lifter:
     def _type(self, result: Any) -> TensorType | None:
         if not isinstance(result, Tensor):
             return None
-        dtype = self.dtype if result.dtype == torch.float64 else result.dtype
+        is_wide = result.dtype == torch.float64 or (self.is_precise and result.dtype in LOW)
+        dtype = self.dtype if is_wide else result.dtype
         return TensorType(tuple(result.shape), dtype, self.fixed)
 
     def _origin(self) -> Origin:
@@ -493,7 +496,7 @@ def _source_line(node: fx.Node) -> str:
 
 _FRONT_END = (
     "casts", "contractions", "example", "export_tier", "frontend", "functions", "lift", "modules", "normalizations",
-    "rearrange_calls", "symbolic_tier", "traced_value",
+    "precision", "rearrange_calls", "symbolic_tier", "traced_value",
 )  # fmt: skip
 _TRACER_HOMES = (
     f"{Path(torch.__file__).parent}{os.sep}",

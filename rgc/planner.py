@@ -8,7 +8,8 @@ rewrites themselves, two parts at a time and in every bracketing, so the plan ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rgc.algebra import Linear
@@ -44,23 +45,54 @@ def _continues(graph: Graph, first: Value, second: Value) -> bool:
     return linear and graph.use_count(first) == 1
 
 
+#: Two operators, by their ids, on an input of this shape; the values of a chain by their ids.
+_Pair = tuple[int, int, tuple[int, ...]]
+_Chain = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A chain, the segment of each of its values, and the pairs that were asked for."""
+
+    chain: tuple[Value, ...]
+    numbers: list[int]
+    pairs: set[_Pair]
+
+
 @dataclass
 class Planner:
     """Plans of the chains that were asked for, and what pairs of operators become, so that nothing is asked twice."""
 
     merge: Merge
     cost: Callable[[Value], float]
-    _pairs: dict[tuple[int, int, tuple[int, ...]], tuple[Operator, Operator, Operator | None]] = field(
-        default_factory=dict
-    )
-    _plans: dict[tuple[int, ...], tuple[tuple[Value, ...], list[int]]] = field(default_factory=dict)
+    _pairs: dict[_Pair, tuple[Operator, Operator, Operator | None]] = field(default_factory=dict)
+    _plans: dict[_Chain, _Plan] = field(default_factory=dict)
+    _plans_of: dict[Value, set[_Chain]] = field(default_factory=dict)
+    _asked: Counter[_Pair] = field(default_factory=Counter)  # by how many plans
 
     def segments(self, chain: Sequence[Value]) -> list[int]:
         """For each value of the chain, the number of its segment in the plan of least cost."""
         key = tuple(map(id, chain))
         if key not in self._plans:
-            self._plans[key] = (tuple(chain), self._planned(chain))  # the values are kept, and so are their ids
-        return self._plans[key][1]
+            pairs: set[_Pair] = set()
+            self._plans[key] = _Plan(tuple(chain), self._planned(chain, pairs), pairs)  # keeps the values and their ids
+            self._asked.update(pairs)
+            for value in chain:
+                self._plans_of.setdefault(value, set()).add(key)
+        return self._plans[key].numbers
+
+    def forget(self, values: Iterable[Value]) -> None:
+        """Drop the plans of chains that hold one of ``values``, and the operators that were made for them."""
+        for key in {key for value in values for key in self._plans_of.get(value, ())}:
+            plan = self._plans.pop(key)
+            for value in plan.chain:
+                self._plans_of[value].discard(key)
+                if not self._plans_of[value]:
+                    del self._plans_of[value]
+            for pair in plan.pairs:
+                self._asked[pair] -= 1
+                if not self._asked[pair]:
+                    del self._asked[pair], self._pairs[pair]
 
     def segments_of(
         self, graph: Graph, first: Value, second: Value
@@ -76,10 +108,10 @@ class Planner:
 
     def as_one(self, chain: Sequence[Value]) -> Operator | None:
         """The whole chain as one operator; None where no rewrite makes it."""
-        return self._operators(chain)[0, len(chain) - 1]
+        return self._operators(chain, set())[0, len(chain) - 1]
 
-    def _planned(self, chain: Sequence[Value]) -> list[int]:
-        made = self._operators(chain)
+    def _planned(self, chain: Sequence[Value], pairs: set[_Pair]) -> list[int]:
+        made = self._operators(chain, pairs)
         best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # cost, segments, start of the last segment
         for end in range(len(chain)):
             options = [
@@ -95,21 +127,27 @@ class Planner:
             end = start
         return numbers
 
-    def _operators(self, chain: Sequence[Value]) -> dict[tuple[int, int], Operator | None]:
-        """The one operator of each part of the chain, by its first and last index; None where there is none."""
+    def _operators(self, chain: Sequence[Value], pairs: set[_Pair]) -> dict[tuple[int, int], Operator | None]:
+        """The one operator of each part of the chain, by its first and last index; None where there is none.
+
+        Notes in ``pairs`` which pairs were asked for.
+        """
         made: dict[tuple[int, int], Operator | None] = {(i, i): value.op for i, value in enumerate(chain)}
         for length in range(1, len(chain)):
             for start in range(len(chain) - length):
                 end = start + length
                 splits = ((made[start, cut], made[cut + 1, end]) for cut in range(start, end))
                 results = (
-                    self._pair(a, b, chain[start].inputs[0]) for a, b in splits if a is not None and b is not None
+                    self._pair(a, b, chain[start].inputs[0], pairs)
+                    for a, b in splits
+                    if a is not None and b is not None
                 )
                 made[start, end] = next((op for op in results if op is not None), None)
         return made
 
-    def _pair(self, first: Operator, second: Operator, source: Value) -> Operator | None:
+    def _pair(self, first: Operator, second: Operator, source: Value, pairs: set[_Pair]) -> Operator | None:
         key = (id(first), id(second), source.tensor_type.shape)
+        pairs.add(key)
         if key not in self._pairs:
             self._pairs[key] = (first, second, self.merge(second(first(source))))
         return self._pairs[key][2]

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from rgc.errors import TraceError
-from rgc.example import Binding, Example, copy_model, declare, precisely
+from rgc.example import Binding, Example, copy_model, declare, is_same_tensor, precisely
 from rgc.lift import Source
 from rgc.modules import has_hooks, is_leaf
 from rgc.traced_value import AnsweringTracer, Constant
@@ -57,6 +57,7 @@ def _trace(model: nn.Module, example: Example, symbolic_parameters: bool, consta
     with torch.no_grad(), precisely(example.tensors):
         graph = tracer.trace(traced)
     _require_unchanged(model, traced)
+    _share_weights(model, traced)
     if tracer.assumed_sizes or tracer.assumed_channels:
         leaves = tree_flatten(binding.call(binding.values))[0]
         _check_sizes(graph, tracer.inputs, leaves, example, only_channels=not tracer.assumed_sizes)
@@ -200,9 +201,15 @@ def _require_unchanged(model: nn.Module, traced: nn.Module) -> None:
     for name, tensor in after.items():
         if name not in before:
             raise TraceError(f"forward adds {name} to the model")
-        if not _is_same(before[name], tensor):
+        if not is_same_tensor(before[name], tensor):
             raise TraceError(f"forward overwrites {name} of the model")
 
 
-def _is_same(before: Tensor, after: Tensor) -> bool:
-    return before.shape == after.shape and torch.equal(before.nan_to_num(), after.nan_to_num())
+def _share_weights(model: nn.Module, traced: nn.Module) -> None:
+    """Let ``traced``, a copy of ``model`` with the same weights, give its own up for those of ``model``."""
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path not in modules:
+            continue
+        for own, given in ((modules[path]._parameters, module._parameters), (modules[path]._buffers, module._buffers)):
+            own.update({name: tensor for name, tensor in given.items() if own.get(name) is not None})

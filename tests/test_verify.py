@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rgc
 from rgc.compiler import example_of
-from rgc.errors import InputError
+from rgc.errors import InputError, NotEquivalentError
 from rgc.testing import randomize
 from rgc.verify import DRAWS, LARGEST_DRAWN, Pair, draw_examples, require_level
 
@@ -92,6 +92,51 @@ def test_an_original_that_computes_something_else_in_its_own_dtype_is_no_excuse_
         wrong[0].weight.mul_(0.5)
     found = rgc.verify(original, wrong, X)
     assert not found.equal and "which itself computes something else in float64" in found.reason
+
+
+class Cancelling(nn.Module):
+    """A large bias that is subtracted again: where the input is small, what is left is mostly rounding."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.layer, self.size = nn.Conv2d(3, 3, 1), size
+        nn.init.constant_(self.layer.bias, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y - self.size
+
+
+def float64_pair(original: nn.Module, compiled: nn.Module) -> Pair:
+    return Pair(original, compiled, copy.deepcopy(original).double(), copy.deepcopy(compiled).double(), torch.float32)
+
+
+def scaled_by(original: nn.Module, factor: float) -> nn.Module:
+    changed = copy.deepcopy(original).double()
+    with torch.no_grad():
+        changed.layer.weight.mul_(factor)
+    return changed
+
+
+def test_what_rounding_in_float64_explains_is_no_fault_there() -> None:
+    original = Cancelling(1500.0).eval()
+    reordered = nn.Conv2d(3, 3, 1, bias=False)
+    reordered.weight = original.layer.weight
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 1e-3
+    cases = float64_pair(original, reordered).check_in_float64(
+        example_of(original, image), level="quick", free_sizes=False
+    )
+    assert cases.exact is not None and 1e-10 < cases.exact <= 1e-9 and len(cases.cases) > 1
+
+
+@pytest.mark.parametrize("size", [0.0, 8192.0])
+def test_a_fault_of_1e8_of_the_scale_is_a_fault_however_badly_the_original_rounds(size: float) -> None:
+    original = Cancelling(size).eval()
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    example = example_of(original, image)
+    pair = float64_pair(original, scaled_by(original, 1 + 1e-7))
+    with pytest.raises(NotEquivalentError, match="of its scale in float64 on an input of 1x3x8x8"):
+        pair.check_in_float64(example, level="quick", free_sizes=False)
 
 
 def test_a_removed_activation_shows_on_drawn_inputs_even_where_the_example_hides_it() -> None:
