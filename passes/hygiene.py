@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
-from rgc import Activation, Conv, Graph, Operator, Rearrangement, Scale, Structural, Value, graph_pass
+from rgc import Activation, Clamp, Conv, Graph, Operator, Rearrangement, Scale, Structural, Value, graph_pass
 
 
 @graph_pass
@@ -27,7 +27,7 @@ def _key(op: Operator) -> Hashable:
     """What makes two operators equal: the same parameters in memory and the same options; otherwise themselves only."""
     if isinstance(op, Activation) and op.weight is None:
         return type(op), op.name, op.options
-    if isinstance(op, Conv | Scale | Rearrangement):
+    if isinstance(op, Clamp | Conv | Scale | Rearrangement):
         return type(op), *(id(v) if isinstance(v, Tensor) else v for v in op.__dict__.values())
     if isinstance(op, Structural) and not op.tensors():
         return type(op), str(op.target), repr(op.args), repr(op.kwargs)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgc import Activation, Identity, Interval, Scale, Value, range_of, require, rewrite
+from rgc import Activation, Clamp, Identity, Interval, Scale, Value, range_of, require, rewrite
 from rgc.nn import DecayedActivation
 
 
@@ -49,6 +49,13 @@ def remove_inactive_activation(
     found, wanted = range_of(x), _identity_interval(activation)
     assert wanted is not None
     require(found in wanted, f"{activation.name} takes part: its input may lie in {found}, not only in {wanted}")
+    return x
+
+
+@remove_linear_activation.also(lambda x, clamp: clamp(x), relies_on_range=True)
+def remove_inactive_clamp(x: Annotated[Value, has_a_bound], clamp: Clamp) -> Value:
+    found, low, high = range_of(x), float(clamp.lower.max()), float(clamp.upper.min())
+    require(low <= found.lower and found.upper <= high, f"{clamp.label} takes part: its input may lie in {found}")
     return x
 
 
@@ -111,6 +118,29 @@ def relu_after_an_average_of_rectified_values() -> nn.Module:
 @remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
 def relu6_after_a_sigmoid() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.ReLU6()).eval()
+
+
+class _Bounded(nn.Module):
+    """Bounds of each channel's own."""
+
+    upper: Tensor
+
+    def __init__(self, *upper: float) -> None:
+        super().__init__()
+        self.register_buffer("upper", torch.tensor(upper).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.minimum(x, self.upper)
+
+
+@remove_linear_activation.fires_on(shape=(2, 3, 8, 8))
+def clamp_of_channels_after_a_sigmoid() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 3, 3), nn.Sigmoid(), _Bounded(1.0, 3.0, math.inf)).eval()
+
+
+@remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="takes part: its input may lie in [0, 1]")
+def clamp_of_channels_one_of_which_takes_part() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 3, 3), nn.Sigmoid(), _Bounded(0.9, 3.0, math.inf)).eval()
 
 
 @remove_linear_activation.leaves_alone(shape=(2, 3, 8, 8), because="may lie in [-0.169971, inf), not only in [0, inf)")

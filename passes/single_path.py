@@ -1,15 +1,21 @@
 """A residual can go through the activations beside it, in channels of its own: x + B f(A x) = B' f(A' x). Opt-in.
 
-For f(t) = t g(t) with g(t) + g(-t) = 1 (ReLU, GELU, SiLU, Hardswish; LeakyReLU of slope a, with 1 + a) the two copies
-f(s) and f(-s) of a carried value s give it back: f(s) - f(-s) = (1 + a) s. So A' = [A; S; -S] makes them beside A x,
-where S is the skip connection, and B' = [B, 1 / (1 + a), -1 / (1 + a)] takes them up. Where a range proof says that f
-leaves s alone (ReLU and s >= 0, ReLU6 and s in [0, 6]), one copy does. A network of residual blocks becomes a single
-path of convolutions and activations. It has more multiply-accumulates than before, and is made only if asked for by
-name.
+S is the skip connection; A' = [A; E S] makes copies of its result s beside A x, and B' = [B, L] takes them up, such
+that L f(E s) = s. In this order:
+
+- A range proof says that f leaves s alone (ReLU and s >= 0, ReLU6 and s in [0, 6]): one copy does.
+- f takes parameters of each channel's own, and has some with which it is the identity: one copy does, and f becomes a
+  clamp whose bounds are infinite there (ReLU6, Hardtanh, clamp), or a PReLU whose slopes are 1 there.
+- f(t) = t g(t) with g(t) + g(-t) = 1 (ReLU, GELU, SiLU, Hardswish; LeakyReLU of slope a, with 1 + a): of two copies,
+  f(s) - f(-s) = (1 + a) s.
+
+A network of residual blocks becomes a single path of convolutions and activations. It has more multiply-accumulates
+than before, which the report tells, and is made only if asked for by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +24,16 @@ from torch import Tensor, nn
 
 from rgc import (
     Activation,
+    Clamp,
     Conv,
     Identity,
+    Interval,
     Linear,
     Refusal,
     Scale,
     Value,
     add,
+    block_diagonal,
     compose,
     range_of,
     require,
@@ -32,15 +41,17 @@ from rgc import (
     unit,
 )
 
+Pointwise = Activation | Clamp
+
 
 @rewrite(lambda x, first, f, second: second(f(first(x))) + x, relies_on_range=True, weighed=False)
-def single_path(x: Value, first: Conv, f: Activation, second: Conv) -> Value:
+def single_path(x: Value, first: Conv, f: Pointwise, second: Conv) -> Value:
     return _carried(x, [first, second], [f], unit())
 
 
 @single_path.also(lambda x, first, f, second, skip: second(f(first(x))) + skip(x), relies_on_range=True, weighed=False)
 def single_path_of_a_projection(
-    x: Value, first: Conv, f: Activation, second: Conv, skip: Conv | Scale | Identity
+    x: Value, first: Conv, f: Pointwise, second: Conv, skip: Conv | Scale | Identity
 ) -> Value:
     return _carried(x, [first, second], [f], skip)
 
@@ -48,9 +59,7 @@ def single_path_of_a_projection(
 @single_path.also(
     lambda x, first, f, second, g, third: third(g(second(f(first(x))))) + x, relies_on_range=True, weighed=False
 )
-def single_path_of_a_bottleneck(
-    x: Value, first: Conv, f: Activation, second: Conv, g: Activation, third: Conv
-) -> Value:
+def single_path_of_a_bottleneck(x: Value, first: Conv, f: Pointwise, second: Conv, g: Pointwise, third: Conv) -> Value:
     return _carried(x, [first, second, third], [f, g], unit())
 
 
@@ -59,12 +68,12 @@ def single_path_of_a_bottleneck(
     relies_on_range=True, weighed=False,
 )  # fmt: skip
 def single_path_of_a_projected_bottleneck(
-    x: Value, first: Conv, f: Activation, second: Conv, g: Activation, third: Conv, skip: Conv | Scale | Identity
+    x: Value, first: Conv, f: Pointwise, second: Conv, g: Pointwise, third: Conv, skip: Conv | Scale | Identity
 ) -> Value:
     return _carried(x, [first, second, third], [f, g], skip)
 
 
-def _carried(x: Value, layers: Sequence[Conv], activations: Sequence[Activation], skip: Linear) -> Value:
+def _carried(x: Value, layers: Sequence[Conv], activations: Sequence[Pointwise], skip: Linear) -> Value:
     """The path with the skip connection inside, taken up beside the first layer whose stride it has."""
     spatial = layers[0].spatial
     channels = x.tensor_type.shape[-spatial - 1]
@@ -78,85 +87,122 @@ def _carried(x: Value, layers: Sequence[Conv], activations: Sequence[Activation]
     raise Refusal(reasons[0])
 
 
-def _path(x: Value, layers: Sequence[Conv], activations: Sequence[Activation], skip: Conv, place: int) -> Value:
-    value, carry = x, _Carry.nothing(skip.in_channels, skip.spatial)
-    carried: Value = x
-    for index, layer in enumerate(layers):
-        own = _selecting(layer.in_channels, carry.width, skip.spatial, index > 0)
-        taken = carry.leave if index != place else compose(skip, carry.leave)
+def _path(x: Value, layers: Sequence[Conv], activations: Sequence[Pointwise], skip: Conv, place: int) -> Value:
+    first, *inner, last = layers
+    carried = skip(x) if place == 0 else x
+    carry = _Carry.through(activations[0], first.out_channels, carried, skip.spatial)
+    entering = compose(carry.enter, skip) if place == 0 else carry.enter
+    size = x.tensor_type.size(skip.spatial)
+    value = carry.activation(_stacked(first, entering, size)(x))
+    for index, (layer, f) in enumerate(zip(inner, activations[1:], strict=True), start=1):
+        left = compose(skip, carry.leave) if index == place else carry.leave
         carried = skip(x) if index == place else carried
-        size = value.tensor_type.size(skip.spatial)
-        kept = compose(layer, own[0], size) if index else layer
-        beside = compose(taken, own[1], size) if index else taken
-        if index == len(layers) - 1:
-            return add(kept, beside, size)(value)
-        carry = _Carry.through(activations[index], carried, skip.spatial)
-        value = activations[index](_stacked(kept, compose(carry.enter, beside, size), size)(value))
-    raise AssertionError("a path has layers")
+        carry = _Carry.through(f, layer.out_channels, carried, skip.spatial)
+        beside = compose(carry.enter, left)
+        assert isinstance(beside, Conv)
+        both = block_diagonal([layer, beside], value.tensor_type.size(skip.spatial))
+        value = carry.activation(both(value))
+    left = compose(skip, carry.leave) if place == len(inner) + 1 else carry.leave
+    return _summed(last, left, value.tensor_type.size(skip.spatial))(value)
 
 
 @dataclass(frozen=True)
 class _Carry:
-    """How a value gets through an activation: ``enter`` makes its copies, ``leave`` makes it of them again."""
+    """How a value gets through an activation: ``enter`` makes its copies, ``leave`` makes it of them again.
+
+    activation: what the activation becomes, of its own channels and the copies behind them.
+    """
 
     enter: Conv
     leave: Conv
-    width: int
+    activation: Pointwise
 
     @staticmethod
-    def nothing(channels: int, spatial: int) -> _Carry:
-        identity = _weights(torch.eye(channels, dtype=torch.float64), spatial)
-        return _Carry(identity, identity, channels)
-
-    @staticmethod
-    def through(f: Activation, carried: Value, spatial: int) -> _Carry:
+    def through(f: Pointwise, own: int, carried: Value, spatial: int) -> _Carry:
         channels = carried.tensor_type.shape[-spatial - 1]
-        one = torch.eye(channels, dtype=torch.float64)
-        if _leaves_alone(f, carried):
-            return _Carry(_weights(one, spatial), _weights(one, spatial), channels)
-        sum_of_slopes = _sum_of_slopes(f)
-        both = _weights(torch.cat([one, -one]), spatial)
-        return _Carry(both, _weights(torch.cat([one, -one], 1) / sum_of_slopes, spatial), 2 * channels)
+        once = _per_channel([[1.0]], channels, spatial)
+        kept = _kept_by(f)
+        if kept is not None and range_of(carried) in kept:
+            return _Carry(once, once, f)
+        sparing = _sparing(f, own, carried, spatial)
+        if sparing is not None:
+            return _Carry(once, once, sparing)
+        share = 1 / _sum_of_slopes(f)
+        return _Carry(
+            _per_channel([[1.0], [-1.0]], channels, spatial), _per_channel([[share, -share]], channels, spatial), f
+        )
 
 
-def _leaves_alone(f: Activation, carried: Value) -> bool:
-    interval = range_of(carried)
-    highest = {"relu": float("inf"), "leaky_relu": float("inf"), "relu6": 6.0}.get(f.name, -1.0)
-    return interval.lower >= 0 and interval.upper <= highest
+def _per_channel(block: list[list[float]], channels: int, spatial: int) -> Conv:
+    """The same matrix for each channel, whose copies lie side by side."""
+    weight = torch.tensor(block, dtype=torch.float64).repeat(channels, 1)
+    return Conv(weight.reshape(*weight.shape, *[1] * spatial), groups=channels)
 
 
-def _sum_of_slopes(f: Activation) -> float:
+def _bounds(f: Pointwise) -> Interval | None:
+    """Where one clamp of all channels leaves its input alone."""
+    if not isinstance(f, Activation) or f.name not in {"relu6", "hardtanh", "clamp"}:
+        return None
+    names, limits = (("min", "max"), (-math.inf, math.inf)) if f.name == "clamp" else (("min_val", "max_val"), (-1, 1))
+    low, high = (0.0, 6.0) if f.name == "relu6" else tuple(map(f.option, names, limits))
+    return Interval(low, high) if low <= high and low < math.inf and high > -math.inf else None
+
+
+def _kept_by(f: Pointwise) -> Interval | None:
+    """The interval of values that ``f`` leaves alone."""
+    return Interval(0.0) if isinstance(f, Activation) and f.name in {"relu", "leaky_relu"} else _bounds(f)
+
+
+def _sparing(f: Pointwise, own: int, carried: Value, spatial: int) -> Pointwise | None:
+    """``f`` on its ``own`` channels, and the identity on those carried behind them; None if it has no such form."""
+    shape = carried.tensor_type.shape
+    channels, along = shape[-spatial - 1], len(shape) - spatial - 1
+    free = torch.full((channels,), math.inf, dtype=torch.float64)
+    if isinstance(f, Clamp):
+        return Clamp(torch.cat([f.lower.double(), -free]), torch.cat([f.upper.double(), free]), spatial)
+    bounds = _bounds(f)
+    if bounds is not None:
+        low, high = (free.new_full((own,), end) for end in (bounds.lower, bounds.upper))
+        return Clamp(torch.cat([low, -free]), torch.cat([high, free]), spatial)
+    if f.weight is None or (f.weight.numel() == 1 and along != 1):
+        return None
+    require(along == 1, f"prelu has its slopes along axis 1, and the channels are on axis {along}")
+    slopes = f.weight.double().expand(own)
+    return Activation("prelu", weight=torch.cat([slopes, slopes.new_ones(channels)]))
+
+
+def _sum_of_slopes(f: Pointwise) -> float:
     """1 + a, with f(t) - f(-t) = (1 + a) t."""
-    if f.name == "leaky_relu":
-        slope = float(f.option("negative_slope", 0.01))
-        require(slope != -1, "leaky_relu of slope -1 is |t|: f(t) - f(-t) = 0 gives nothing back")
+    assert isinstance(f, Activation)
+    if f.name in {"leaky_relu", "prelu"}:
+        slope = float(f.option("negative_slope", 0.01) if f.weight is None else f.weight)
+        require(slope != -1, f"{f.name} of slope -1 is |t|: f(t) - f(-t) = 0 gives nothing back")
         return 1.0 + slope
     require(
         f.name in {"relu", "gelu", "silu", "hardswish"},
-        f"{f.name} does not give back what it is given: f(t) - f(-t) is no multiple of t"
-        + (", and the residual is not proved to lie in [0, 6]" if f.name == "relu6" else ""),
+        f"{f.name} does not give back what it is given: f(t) - f(-t) is no multiple of t",
     )
     return 1.0
 
 
-def _weights(matrix: Tensor, spatial: int) -> Conv:
-    return Conv(matrix.reshape(*matrix.shape, *[1] * spatial))
-
-
-def _selecting(own: int, carried: int, spatial: int, is_mixed: bool) -> tuple[Conv, Conv]:
-    """What picks the layer's own channels, and the carried ones behind them."""
-    every = torch.eye(own + carried if is_mixed else max(own, carried), dtype=torch.float64)
-    return _weights(every[:own], spatial), _weights(every[own:] if is_mixed else every, spatial)
-
-
 def _stacked(top: Linear, bottom: Linear, size: tuple[int, ...] | None) -> Linear:
-    """The results of both as one result, the channels of ``bottom`` behind those of ``top``."""
+    """Two maps of one source as one, the channels of ``bottom`` behind those of ``top``."""
     assert isinstance(top, Conv) and isinstance(bottom, Conv)
     every = torch.eye(top.out_channels + bottom.out_channels, dtype=torch.float64)
-    left, right = every[:, : top.out_channels], every[:, top.out_channels :]
-    return add(
-        compose(_weights(left, top.spatial), top, size), compose(_weights(right, top.spatial), bottom, size), size
-    )
+    left, right = (_matrix(part, top.spatial) for part in (every[:, : top.out_channels], every[:, top.out_channels :]))
+    return add(compose(left, top, size), compose(right, bottom, size), size)
+
+
+def _summed(first: Linear, second: Linear, size: tuple[int, ...] | None) -> Linear:
+    """The sum of a map of the first channels and one of the channels behind them."""
+    assert isinstance(first, Conv) and isinstance(second, Conv)
+    every = torch.eye(first.in_channels + second.in_channels, dtype=torch.float64)
+    left, right = (_matrix(part, first.spatial) for part in (every[: first.in_channels], every[first.in_channels :]))
+    return add(compose(first, left, size), compose(second, right, size), size)
+
+
+def _matrix(matrix: Tensor, spatial: int) -> Conv:
+    return Conv(matrix.reshape(*matrix.shape, *[1] * spatial))
 
 
 class _Block(nn.Module):
@@ -200,9 +246,17 @@ def residual_in_the_range_of_relu6() -> nn.Module:
     return nn.Sequential(nn.ReLU6(), _Block(_basic(nn.ReLU6()), nn.Identity())).eval()
 
 
-@single_path.leaves_alone(shape=(2, 4, 9, 8), because="not proved to lie in [0, 6]")
-def residual_beside_relu6() -> nn.Module:
-    return _Block(_basic(nn.ReLU6()), nn.Identity()).eval()
+@single_path.fires_on(shape=(2, 4, 9, 8))
+def inverted_bottleneck_around_relu6() -> nn.Module:
+    body = nn.Sequential(
+        nn.Conv2d(4, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6(), nn.Conv2d(8, 4, 1)
+    )  # fmt: skip
+    return _Block(body, nn.Identity()).eval()
+
+
+@single_path.fires_on(shape=(2, 4, 9, 8))
+def residual_block_on_a_prelu() -> nn.Module:
+    return _Block(_basic(nn.PReLU(6, init=0.3)), nn.Identity()).eval()
 
 
 @single_path.leaves_alone(shape=(2, 4, 9, 8), because="does not give back what it is given")

@@ -21,6 +21,7 @@ from rgc.operators import (
     AvgPool,
     BatchNorm,
     ChannelMean,
+    Clamp,
     Concat,
     Constant,
     Flatten,
@@ -50,7 +51,7 @@ from rgc.region import Join, Region
 from rgc.report import Firing, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
-from rgc.sparsity import regroup_by_sparsity
+from rgc.sparsity import block_diagonal, regroup_by_sparsity
 from rgc.verify import verify
 from rgc.views import (
     carried_axis,
@@ -67,14 +68,14 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean",
-    "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph",
-    "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool", "Measurement",
-    "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad", "PixelShuffle",
-    "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError",
-    "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification",
-    "add", "average_pool_at", "bench", "border", "carried_axis", "carrying_axis", "compile", "compose", "explain",
-    "graph_pass", "inverts", "is_adaptive_average", "is_permutation", "is_reshape", "load", "models", "nn", "passes",
-    "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "takes_shape_of_another", "testing",
-    "unit", "verify",
+    "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean", "Clamp",
+    "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather",
+    "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool",
+    "Measurement", "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad",
+    "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite",
+    "RgcError", "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value",
+    "Verification", "add", "average_pool_at", "bench", "block_diagonal", "border", "carried_axis", "carrying_axis",
+    "compile", "compose", "explain", "graph_pass", "inverts", "is_adaptive_average", "is_permutation", "is_reshape",
+    "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save",
+    "takes_shape_of_another", "testing", "unit", "verify",
 ]  # fmt: skip

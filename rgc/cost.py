@@ -24,7 +24,17 @@ from rgc.algebra import Conv
 from rgc.calibration import Calibration, LayerSize, Point, read_calibration, stored_calibration
 from rgc.errors import InputError
 from rgc.ir import Input, TensorType, Value
-from rgc.operators import AvgPool, BatchNorm, Constant, Flatten, Structural, Unflatten, completes, is_adaptive_average
+from rgc.operators import (
+    AvgPool,
+    BatchNorm,
+    Clamp,
+    Constant,
+    Flatten,
+    Structural,
+    Unflatten,
+    completes,
+    is_adaptive_average,
+)
 from rgc.rearrange import BorderFill, Gather, Rearrangement
 
 Objective = Literal["latency", "depth", "macs", "params"]
@@ -107,7 +117,7 @@ class Target:
             return len(value.op.assignments) * self.overhead["pass"]
         moving = self._moving(_bytes_moved(value))
         if not isinstance(value.op, Conv | AvgPool):
-            return self.overhead["pass"] + moving
+            return _calls(value) * (self.overhead["pass"] + moving)
         compute = 2 * work(value) / (self.peak * self._efficiency(value)[0])
         kind = "linear" if isinstance(value.op, Conv) and value.op.spatial == 0 else "conv"
         around = sum(self.overhead["pass"] + self._moving(size) for size in _passes_around(value))
@@ -271,7 +281,12 @@ def _layers(value: Value) -> float:
         return 0.01
     if isinstance(value.op, Rearrangement) and value.op.is_view:
         return 0.01
-    return 1.0 + 0.1 * len(_extras(value))
+    return _calls(value) + 0.1 * len(_extras(value))
+
+
+def _calls(value: Value) -> float:
+    """How often something that is no convolution runs over its input: a clamp once for each side that it bounds."""
+    return float(sum(bound is not None for bound in value.op.bounds)) if isinstance(value.op, Clamp) else 1.0
 
 
 def _extras(value: Value) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from rgc.operators import (
     BatchNorm,
     Call,
     ChannelMean,
+    Clamp,
     Concat,
     Constant,
     Flatten,
@@ -121,6 +122,8 @@ def _layer_names(value: Value) -> list[str]:
             return ["Upsample"]
         case Activation():
             return ["PReLU" if op.weight is not None else getattr(_ACTIVATIONS.get(op.name), "__name__", op.name)]
+        case Clamp():
+            return [name for name, bound in zip(("maximum", "minimum"), op.bounds, strict=True) if bound is not None]
         case Concat():
             return ["cat"]
         case Gather():
@@ -239,6 +242,8 @@ class _Emitter:
                 return self._module(value, lambda: _upsample(op), inputs[0])
             case Activation():
                 return self._activation(value, op, inputs[0])
+            case Clamp():
+                return self._clamp(value, op, inputs[0])
             case Identity():
                 return self.graph.call_method("clone", (inputs[0],)) if op.copies else inputs[0]
             case Flatten():
@@ -327,6 +332,13 @@ class _Emitter:
             return self._function(value, op.function, x, **dict(op.options))
         overwrite = op.inplace and self._may_overwrite(value.inputs[0])
         return self._module(value, lambda: _activation_layer(op, overwrite, self._parameter), x, shared=not overwrite)
+
+    def _clamp(self, value: Value, op: Clamp, x: fx.Node) -> fx.Node:
+        """Two calls, of which PyTorch has vector kernels for images; it has none for its ``clamp`` with tensors."""
+        for function, bound in zip((torch.maximum, torch.minimum), op.bounds, strict=True):
+            if bound is not None:
+                x = self._function(value, function, x, self._constant(value, bound, "bounds"))
+        return x
 
     def _may_overwrite(self, value: Value) -> bool:
         """Nobody else reads the value, and its memory is its own."""

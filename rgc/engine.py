@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv
-from rgc.cost import CPU, Objective, Target, cost
+from rgc.cost import CPU, Objective, Target, cost, macs
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.partition import parts_that_pay
@@ -259,10 +259,12 @@ class _Worklist:
         error = check_firing(match.target, replacement, sources, ranges=ranges)
         origin = _merged_origin(match)
         self._replace(match, new, added, origin)
-        kind = "range-conditional" if case.relies_on_range else _evidence_class(match, added, error)
         labels = tuple(value.op.label for value in added)
         condition = _condition(ranges)
-        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths, condition))
+        # without a range that says anything, the check was on all values
+        kind = "range-conditional" if condition else _evidence_class(match, added, error)
+        more = sum(map(macs, added)) - sum(map(macs, dying))
+        self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths, condition, more))
 
     def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
         kept = next((value for value in match.interior if value not in dying), None)

@@ -5,6 +5,7 @@ A handler returns the value that a call makes, or None for a form that it does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from rgc.operators import (
     BatchNorm,
     Call,
     ChannelMean,
+    Clamp,
     Concat,
     Identity,
     MaxPool,
@@ -215,6 +217,8 @@ def elementwise(name: str) -> Handler:
 
 
 def _clamp(lifter: Lifting, x: Any, min: Any = None, max: Any = None) -> Value | None:
+    if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in (min, max)):
+        return _clamp_channels(lifter, x, min, max)
     bounds = tuple((name, _number(bound)) for name, bound in (("max", max), ("min", min)) if bound is not None)
     if not _are_floating(lifter, x) or not all(isinstance(bound, int | float) for _, bound in bounds):
         return None
@@ -227,6 +231,35 @@ def _clamp_min(lifter: Lifting, x: Any, min: Any) -> Value | None:
 
 def _clamp_max(lifter: Lifting, x: Any, max: Any) -> Value | None:
     return _clamp(lifter, x, None, max)
+
+
+def _clamp_channels(lifter: Lifting, x: Any, min: Any, max: Any) -> Value | None:
+    """Bounds of which at least one is a tensor along the channels."""
+    if not isinstance(x, Value) or not _are_floating(lifter, x):
+        return None
+    given = (-math.inf if min is None else min, math.inf if max is None else max)
+    found = [_per_channel(lifter, x, bound) for bound in given]
+    known = [each for each in found if each is not None]
+    axes = {own for _, own in known} - {None}
+    if len(known) < 2 or len(axes) != 1:
+        return None
+    (behind,) = (each for each in axes if each is not None)
+    channels = lifter.shape(x)[-1 - behind]
+    lower, upper = (bound.expand(channels).contiguous() for bound, _ in known)
+    is_bounded = bool(((lower > -math.inf) | (upper < math.inf)).any())
+    has_nan = bool(lower.isnan().any() | upper.isnan().any())
+    return lifter.emit(Clamp(lower, upper, behind), x) if is_bounded and not has_nan else None
+
+
+def _maximum(lifter: Lifting, x: Any, y: Any) -> Value | None:
+    """The larger of a value and a constant, in any order."""
+    value, constant = (x, y) if isinstance(x, Value) else (y, x)
+    return _clamp(lifter, value, constant) if isinstance(constant, Tensor) else None
+
+
+def _minimum(lifter: Lifting, x: Any, y: Any) -> Value | None:
+    value, constant = (x, y) if isinstance(x, Value) else (y, x)
+    return _clamp(lifter, value, None, constant) if isinstance(constant, Tensor) else None
 
 
 def _power(lifter: Lifting, x: Any, exponent: Any) -> Value | None:
@@ -542,7 +575,7 @@ def measures(size: Value, x: Value, axis: int) -> bool:
 def _of_one_shape(x: Value) -> list[Value]:
     """``x`` and the values before it that have its shape at every size."""
     found = [x]
-    while isinstance(x.op, Activation | BatchNorm | Identity | Normalize | Scale):
+    while isinstance(x.op, Activation | BatchNorm | Clamp | Identity | Normalize | Scale):
         x = x.inputs[0]
         found.append(x)
     return found
@@ -577,7 +610,7 @@ FUNCTIONS: dict[str, Handler] = {
     "adaptive_max_pool3d": adaptive_max_pool(3),
     "abs": elementwise("abs"), "absolute": elementwise("abs"), "exp": elementwise("exp"), "sqrt": elementwise("sqrt"),
     "square": elementwise("square"), "pow": _power, "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp_min,
-    "clamp_max": _clamp_max,
+    "clamp_max": _clamp_max, "maximum": _maximum, "minimum": _minimum,
     "add": add, "radd": add, "sub": _subtract, "subtract": _subtract, "rsub": _subtract_from,
     "mul": multiply, "rmul": multiply, "multiply": multiply, "div": _divide, "truediv": _divide,
     "true_divide": _divide, "divide": _divide, "neg": _negate, "negative": _negate, "lerp": _lerp,

@@ -244,6 +244,56 @@ class Activation(Operator):
 
 
 @dataclass(frozen=True, eq=False)
+class Clamp(Operator):
+    """min(max(x, lower), upper) with bounds of each channel's own; an infinite bound leaves its side alone.
+
+    lower, upper: [C], for the channel axis before ``axes`` spatial axes.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    axes: int
+
+    def __post_init__(self) -> None:
+        if self.lower.dim() != 1 or self.lower.shape != self.upper.shape:
+            shapes = f"{list(self.lower.shape)} and {list(self.upper.shape)}"
+            raise GraphError(f"Clamp: needs a lower and an upper bound for each channel, got {shapes}")
+        if bool(self.lower.isnan().any() | self.upper.isnan().any()):
+            raise GraphError("Clamp: a bound is not a number")
+        if self.bounds == (None, None):
+            raise GraphError("Clamp: bounds nothing")
+
+    @property
+    def label(self) -> str:
+        return f"clamp {self.lower.numel()}"
+
+    @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        """The lower and the upper bounds as they broadcast, or None for a side on which no channel is bounded."""
+        shape = (-1, *[1] * self.axes)
+        return (
+            None if bool((self.lower == -math.inf).all()) else self.lower.view(shape),
+            None if bool((self.upper == math.inf).all()) else self.upper.view(shape),
+        )
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return self.axes
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        lower, upper = self.bounds
+        x = x if lower is None else torch.maximum(x, lower)
+        return x if upper is None else torch.minimum(x, upper)
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        (given,) = types
+        count = self.lower.numel()
+        if given is None or len(given.shape) <= self.axes or given.shape[-1 - self.axes] != count:
+            raise GraphError(f"Clamp: expects {count} channels before {self.axes} axes, got {given}")
+        return given
+
+
+@dataclass(frozen=True, eq=False)
 class Add(Operator):
     """x + sign * y with broadcasting; ``sign`` is 1 or -1."""
 
@@ -763,7 +813,7 @@ def completes(value: Value) -> bool:
 
 
 __all__ = [
-    "Activation", "AdaptiveMaxPool", "Add", "AvgPool", "BatchNorm", "Call", "ChannelMean", "Concat", "Constant",
-    "Flatten", "Identity", "MaxPool", "Multiply", "Normalize", "Opaque", "Slot", "Structural", "Unflatten", "Upsample",
-    "average_pool_at", "completes", "is_adaptive_average",
+    "Activation", "AdaptiveMaxPool", "Add", "AvgPool", "BatchNorm", "Call", "ChannelMean", "Clamp", "Concat",
+    "Constant", "Flatten", "Identity", "MaxPool", "Multiply", "Normalize", "Opaque", "Slot", "Structural", "Unflatten",
+    "Upsample", "average_pool_at", "completes", "is_adaptive_average",
 ]  # fmt: skip

@@ -30,6 +30,7 @@ from rgc.operators import (
     AvgPool,
     BatchNorm,
     Call,
+    Clamp,
     Concat,
     Constant,
     Flatten,
@@ -122,6 +123,8 @@ def _range(value: Value, given: list[Interval]) -> Interval:
             return given[0]
         case Activation():
             return _activated(op, given[0])
+        case Clamp():
+            return _clamped(op, given[0])
         case Add():
             return given[0] + (given[1] if op.sign == 1 else -given[1])
         case Multiply():
@@ -301,6 +304,12 @@ def _activated(op: Activation, x: Interval) -> Interval:
     for index, limit in enumerate(_LIMITS.get(op.name, ())):
         values[index] = limit if math.isinf(points[index]) else values[index]
     return _hull(values + _jumps(op, x))
+
+
+def _clamped(op: Clamp, x: Interval) -> Interval:
+    """It rises in each channel, so the ends of the interval go to the ends; then the hull of the channels."""
+    lower, upper = op.lower.double().cpu(), op.upper.double().cpu()
+    return _range_of_tensor(torch.stack([torch.minimum(lower.clamp(min=end), upper) for end in (x.lower, x.upper)]))
 
 
 def _turns(op: Activation) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from rgc.algebra import Linear
 from rgc.errors import TraceError
 from rgc.functions import FUNCTIONS, Handler, Lifting, _per_channel
 from rgc.ir import Value
-from rgc.operators import Activation, Add, Call, Concat, Identity, Multiply, Slot
+from rgc.operators import Activation, Add, Call, Clamp, Concat, Identity, Multiply, Slot
 from rgc.rearrange import (
     Assign,
     BorderFill,
@@ -246,7 +246,7 @@ def _axes(lifter: Lifting, x: Any) -> int | None:
     for _ in range(LONGEST_WALK):
         if isinstance(value.op, Linear) and value.op.spatial is not None:
             return min(value.op.spatial, real.dim() - 2)
-        if not isinstance(value.op, Activation | Add | Multiply | Concat | Identity | Linear):
+        if not isinstance(value.op, Activation | Add | Clamp | Multiply | Concat | Identity | Linear):
             break
         value = value.inputs[0]
     return real.dim() - 2

@@ -19,7 +19,8 @@ class Firing:
     ``evidence`` is "bitwise", "exact" (equal in the reals), "exact+corrected" (with a bias map, a pad value or a
     channel of ones) or "range-conditional" (equal for values in a range that always holds them: ``condition``);
     ``max_error`` is the largest float64 difference seen at its proof, relative to the largest intermediate value;
-    ``result`` the new operators; ``sources`` the paths of the layers and calls that went in.
+    ``result`` the new operators; ``sources`` the paths of the layers and calls that went in; ``macs`` how many
+    multiply-accumulates it adds for the example (negative: saves).
     """
 
     rewrite: str
@@ -29,6 +30,7 @@ class Firing:
     result: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     condition: str = ""
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,12 @@ class Report:
         fired = Counter((firing.rewrite, firing.evidence) for firing in self.rewrites)
         if fired:
             yield Text("\nrewrites", style="bold")
-            table = Table("rewrite", "times", "evidence", "largest error", box=None, pad_edge=False)
+            table = Table("rewrite", "times", "evidence", "largest error", "MACs", box=None, pad_edge=False)
+            table.columns[-1].justify = "right"
             for (name, evidence), times in fired.items():
-                worst = max(f.max_error for f in self.rewrites if (f.rewrite, f.evidence) == (name, evidence))
-                table.add_row(name, str(times), evidence, f"{worst:.1e}")
+                those = [f for f in self.rewrites if (f.rewrite, f.evidence) == (name, evidence)]
+                worst, added = max(f.max_error for f in those), sum(f.macs for f in those)
+                table.add_row(name, str(times), evidence, f"{worst:.1e}", f"{added:+,}" if added else "")
             yield table
         if self.refusals:
             yield Text("\nrefusals", style="bold")

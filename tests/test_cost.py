@@ -13,6 +13,7 @@ from rgc import (
     Add,
     AvgPool,
     BatchNorm,
+    Clamp,
     Constant,
     Conv,
     Flatten,
@@ -230,6 +231,13 @@ def test_a_bias_map_is_one_more_pass() -> None:
     mapped = Conv(torch.zeros(8, 8, 1, 1), torch.zeros(8, 10, 10), size=(10, 10))(x)
     extra = target.seconds(mapped) - target.seconds(plain)
     assert extra == pytest.approx(1e-6 + 3 * 4 * 800 / 1e9, rel=0.15)  # the map is read, the result read and written
+
+
+def test_a_clamp_is_a_pass_for_each_side() -> None:
+    bound, none = torch.tensor([0.0, 1.0]), torch.full((2,), torch.inf)
+    both, lower = Clamp(bound, bound + 1, 2)(source(2)), Clamp(bound, none, 2)(source(2))
+    for objective in OBJECTIVES[:2]:  # latency and depth
+        assert cost([both], objective, CPU) == 2 * cost([lower], objective, CPU) > 0
 
 
 def test_an_uneven_padding_is_one_more_pass() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -239,6 +240,28 @@ def test_compiling_twice_changes_nothing_the_second_time(passes: str) -> None:
     twice = rgc.compile(once, X, passes=passes)
     assert twice.report.tier == "torch.fx" and not twice.report.rewrites
     assert list(twice.state_dict()) == list(once.state_dict()) and torch.equal(twice(X), once(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_clamp_is_emitted_as_it_was_lifted_and_keeps_its_infinite_bounds(dtype: torch.dtype) -> None:
+    class Bounded(nn.Module):
+        lower: Tensor
+        upper: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("lower", torch.tensor([0.0, -math.inf, -2.0]).reshape(3, 1, 1))
+            self.register_buffer("upper", torch.tensor([6.0, math.inf, math.inf]).reshape(3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(x, self.lower, self.upper)
+
+    model, x = Bounded().eval().to(dtype), 10 * torch.randn(2, 3, 7, 5).to(dtype)
+    compiled = rgc.compile(model, x)
+    assert compiled.report.ops_after == {"maximum": 1, "minimum": 1}
+    assert torch.equal(compiled(x), model(x)) and compiled(x).dtype == dtype
+    again = rgc.compile(compiled, x)
+    assert again.report.ops_after == {"maximum": 1, "minimum": 1} and torch.equal(again(x), model(x))
 
 
 def test_torch_compile_takes_a_compiled_model_whole() -> None:

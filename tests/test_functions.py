@@ -15,7 +15,7 @@ import rgc
 from rgc.algebra import Scale
 from rgc.compiler import trace
 from rgc.example import output_difference
-from rgc.operators import BatchNorm, ChannelMean, Opaque, Structural
+from rgc.operators import Activation, BatchNorm, ChannelMean, Clamp, Opaque, Structural
 from rgc.testing import randomize
 
 Body = Callable[[Any, Tensor], Any]
@@ -374,3 +374,46 @@ def test_a_sum_of_a_stack_of_what_cannot_merge_stays_one_call() -> None:
 
     report = rgc.compile(randomize(Heads()), torch.randn(2, 4), objective="depth").report
     assert report.ops_after["add"] == 0 and report.ops_after["stack"] == 1 and report.ops_after["sum"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "calls"),
+    [
+        (lambda m, x: torch.minimum(m.a(x), m.c), 1),
+        (lambda m, x: torch.minimum(m.c, m.a(x)), 1),
+        (lambda m, x: torch.maximum(m.a(x), m.c), 1),
+        (lambda m, x: m.a(x).clamp(min=m.c), 1),
+        (lambda m, x: torch.clamp_max(m.a(x), m.c), 1),
+        (lambda m, x: torch.clamp(m.a(x), m.c, m.c.abs() + 1), 2),
+        (lambda m, x: torch.clamp(m.a(x), m.s, m.c), 2),
+        (lambda m, x: torch.clamp(m.a(x), m.c, m.s), 2),  # the upper bound wins where they cross
+        (lambda m, x: m.a(x).clamp_(-1.0, 1.0).clamp_min_(m.c), 2),
+    ],
+)
+def test_bounds_along_the_channels_are_a_clamp(body: Body, calls: int) -> None:
+    clamps = [op for op in lifted(body) if isinstance(op, Clamp)]
+    assert len(clamps) == 1 and clamps[0].axes == 2
+    counts = compiled_equal(body).ops_after
+    assert counts["maximum"] + counts["minimum"] + counts["clamp"] == calls and not compiled_equal(body).opaque
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: torch.minimum(m.a(x), m.b(x)),
+        lambda m, x: torch.maximum(
+            m.a(x), torch.linspace(-1, 1, 9)[:, None].expand(9, 8)[:1, :1] * torch.ones(4, 1, 8)
+        ),
+        lambda m, x: m.a(x).clamp(m.c, m.b(x)),
+        lambda m, x: m.a(x).clamp(m.c, torch.linspace(1, 2, 8)),
+        lambda m, x: torch.minimum(m.a(x), m.c * math.nan),
+        lambda m, x: torch.minimum(m.a(x), m.c.abs() * math.inf),
+        lambda m, x: torch.minimum(m.a(x)[:, :1], m.c),  # which makes four channels of one
+    ],
+)
+def test_bounds_that_are_none_along_the_channels_are_kept(body: Body) -> None:
+    assert not [op for op in lifted(body) if isinstance(op, Clamp)]
+
+
+def test_a_constant_bound_of_one_element_is_the_bound_of_all() -> None:
+    assert [type(op) for op in lifted(lambda m, x: torch.minimum(m.a(x), m.s))][1:] == [Activation]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from rgc.operators import (
     AvgPool,
     BatchNorm,
     ChannelMean,
+    Clamp,
     Concat,
     Constant,
     Flatten,
@@ -192,6 +194,44 @@ def test_an_elementwise_operator_equals_the_layer(op: Operator, eager: Callable[
     expected = F.prelu(x, weight) if eager is None else eager(x)
     assert torch.equal(op.evaluate(x), expected)
     assert_infers_its_result(op, x)
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_clamp_bounds_each_channel_by_itself_and_no_other_by_one_bit(axes: int, dtype: torch.dtype) -> None:
+    inf = math.inf
+    op = Clamp(torch.tensor([-inf, 0.0, -inf, 0.0]), torch.tensor([inf, 6.0, -1.0, inf]), axes).cast(dtype)
+    x = random(2, 5, 4, *(3, 2, 3)[:axes], dtype=dtype) * 10000
+    expected = x.clone().movedim(-1 - axes, 0)
+    expected[1], expected[2], expected[3] = F.relu6(expected[1]), expected[2].clamp(max=-1), expected[3].relu()
+    assert torch.equal(op.evaluate(x), expected.movedim(0, -1 - axes))
+    assert_infers_its_result(op, x)
+    assert op.spatial_axes(type_of(x)) == axes and op.label == "clamp 4"
+
+
+def test_a_clamp_says_on_which_sides_it_bounds() -> None:
+    none, some = torch.full((2,), math.inf), torch.tensor([1.0, math.inf])
+    assert [bound is not None for bound in Clamp(-none, some, 0).bounds] == [False, True]
+    assert [bound is not None for bound in Clamp(-some, none, 0).bounds] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "message"),
+    [
+        (torch.zeros(2), torch.zeros(3), r"a lower and an upper bound for each channel, got \[2\] and \[3\]"),
+        (torch.zeros(2, 1), torch.zeros(2, 1), "for each channel"),
+        (torch.tensor([math.nan]), torch.zeros(1), "not a number"),
+        (torch.tensor([-math.inf]), torch.tensor([math.inf]), "bounds nothing"),
+    ],
+)
+def test_a_clamp_without_sense_cannot_be_built(lower: Tensor, upper: Tensor, message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        Clamp(lower, upper, 2)
+
+
+def test_a_clamp_of_other_channels_is_refused() -> None:
+    with pytest.raises(GraphError, match="expects 2 channels before 2 axes, got"):
+        Clamp(torch.zeros(2), torch.ones(2), 2).infer(TensorType((1, 3, 4, 4), torch.float32))
 
 
 def test_an_option_left_out_is_the_default() -> None:

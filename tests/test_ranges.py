@@ -23,6 +23,7 @@ from rgc import (
     Add,
     AvgPool,
     BatchNorm,
+    Clamp,
     Concat,
     Constant,
     Conv,
@@ -311,6 +312,17 @@ def test_a_window_of_a_dilated_max_pooling_may_read_nothing_but_padding() -> Non
     op = MaxPool((2,), (1,), (1,), (2,))
     x = torch.ones(1, 1, 1, dtype=torch.float64)
     assert op.evaluate(x).min() == -math.inf == range_of(op(between(1, 2, source(1, 1, 1)))).lower
+
+
+def test_a_clamp_has_the_range_of_its_loosest_channel() -> None:
+    inf = math.inf
+    op = Clamp(torch.tensor([0.0, -1.0]), torch.tensor([6.0, 2.0]), 2)
+    x = Value(Input("x"), (), TensorType((1, 2, 4, 4), torch.float64))
+    assert range_of(op(x)) == Interval(-1.0, 6.0)
+    assert range_of(op(Activation("sigmoid")(x))) == Interval(0.0, 1.0)
+    assert range_of(Clamp(torch.tensor([0.0, -inf]), torch.tensor([6.0, 2.0]), 2)(x)) == Interval(-inf, 6.0)
+    assert range_of(Clamp(torch.tensor([0.0, 1.0]), torch.tensor([inf, inf]), 2)(x)) == Interval(0.0)
+    assert range_of(Clamp(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 4.0]), 2)(x)) == Interval(2.0, 4.0)
 
 
 def test_a_softmax_of_the_user_is_not_pytorchs() -> None:
