@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgc.recipe import Recipe, Shape, Step
-from rgc.recipe_steps import BROADCAST, PAIRS, Chooser, Made, makers
+from rgc.recipe_steps import (
+    ANY_SHAPE,
+    BROADCAST,
+    CHAINS,
+    PAIRS,
+    Chooser,
+    Made,
+    batch_norm,
+    linear,
+    makers,
+    pointwise_convolution,
+    same_convolution,
+    scale,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -25,6 +38,9 @@ STRUCTURES = {
     2: ("({0}, {1})", "{{'a': {0}, 'b': {1}}}", "[{0}, ({1}, None)]"),
     3: ("({0}, {1}, {2})", "{{'first': {0}, 'rest': [{1}, {2}]}}"),
 }
+
+#: Draws of several steps that belong together.
+_RARE = ["branches", "residual", "again", "broadcast", "chain", "chain", "meeting", "meeting"]
 
 #: Errors by which PyTorch says that a step does not fit the value that it reads.
 _DOES_NOT_FIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError)
@@ -70,10 +86,10 @@ class _Drawing:
 
     def step(self) -> None:
         """Draw one more step, or a few that belong together; what does not run is left out."""
-        kind = self.choose.pick(["layer"] * 9 + ["pair"] * 4 + ["branches", "residual", "again", "broadcast"])
+        kind = self.choose.pick(["layer"] * 9 + ["pair"] * 4 + _RARE)
         {
             "layer": self._layer, "pair": self._pair, "branches": self._branches, "residual": self._residual,
-            "again": self._again, "broadcast": self._broadcast,
+            "again": self._again, "broadcast": self._broadcast, "chain": self._chain, "meeting": self._meeting,
         }[kind]()  # fmt: skip
 
     def finished(self) -> Recipe:
@@ -113,12 +129,11 @@ class _Drawing:
         fits = [name for name, other in self.values.items() if _broadcasts(other, value)]
         if fits:
             self._emit(Made(self.choose.pick(BROADCAST)), (first, self.choose.pick(fits[::-1])))
-        elif value.dim() > 2:
+        elif 2 < value.dim() <= 5:
+            conv = f"nn.Conv{value.dim() - 2}d({value.shape[1]}, {value.shape[1]}, 1)"
             pooled = self._emit(Made(f"{{0}}.mean({tuple(range(2, value.dim()))}, keepdim=True)"), (first,))
-            gate = pooled and self._emit(
-                Made("{m}({0})", f"nn.Conv{value.dim() - 2}d({value.shape[1]}, {value.shape[1]}, 1)"), (pooled,)
-            )
-            if gate:
+            gate = None if pooled is None else self._emit(Made("{m}({0})", conv), (pooled,))
+            if gate is not None:
                 self._emit(Made(self.choose.pick(BROADCAST)), (first, gate))
 
     def _branches(self) -> None:
@@ -148,12 +163,40 @@ class _Drawing:
         code = self.choose.pick(["{0} + {1}", "{1} + {0}", "{y0} = {0}\n{y0} += {1}", "F.relu({0} + {1})"])
         self._emit(Made(code), (end, source))
 
+    def _chain(self) -> None:
+        """Layers in a row, at times with a skip connection around them."""
+        source = end = self._recent()
+        for maker in self.choose.pick(CHAINS):
+            shape = tuple(self.values[end].shape)
+            if len(shape) in (3, 4, 5) or maker in ANY_SHAPE:
+                end = self._emit(maker(self.choose, shape), (end,)) or end
+        if end != source and self.values[end].shape == self.values[source].shape and self.choose.flag():
+            self._emit(Made("{0} + {1}"), (end, source))
+
+    def _meeting(self) -> None:
+        """A layer behind a sum or a concatenation of layers, of different values where there are some."""
+        sources = [self._recent() for _ in range(self.choose.number(2, 4))]
+        shapes = {tuple(self.values[source].shape) for source in sources}
+        if len(shapes) > 1 or len(next(iter(shapes))) > 5:
+            return
+        (shape,) = shapes
+        maker = self.choose.pick([same_convolution, batch_norm, scale] if len(shape) > 2 else [batch_norm, linear])
+        made = maker(self.choose, shape)
+        ends = [self._emit(made, (source,)) for source in sources]
+        if None in ends:
+            return
+        meet = self.choose.pick(["{0} + {1}", "{0} - {1}", _concatenated(len(sources))])
+        end = self._emit(Made(meet), tuple(filter(None, ends)))
+        if end is not None:
+            behind = self.choose.pick([pointwise_convolution, batch_norm] if len(shape) > 2 else [batch_norm, linear])
+            self._emit(behind(self.choose, tuple(self.values[end].shape)), (end,))
+
     def _again(self) -> None:
-        """A layer that is called once more."""
+        """A layer that is called once more, of another value or of the same."""
         used = [step for step in self.steps if step.layer is not None and len(step.results) == 1]
         if used:
             step = self.choose.pick(used[::-1])
-            inputs = tuple(self._recent() for _ in step.inputs)
+            inputs = step.inputs if self.choose.flag() else tuple(self._recent() for _ in step.inputs)
             self._emit(Made(step.code), inputs, step.layer)
 
     def _recent(self) -> str:

@@ -6,6 +6,7 @@ prints it. A recipe is data, so a failing one is made smaller by leaving steps o
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -75,6 +76,12 @@ class Recipe:
             f"    def forward(self{arguments}):",
             *(textwrap.indent(line, 8 * " ") for line in body),
         ])  # fmt: skip
+
+    @property
+    def overwrites(self) -> bool:
+        """Does it write to a tensor? A view that sees a part of that is beyond symbolic tracing."""
+        written = re.compile(r"inplace=True|[-+*/]=|_\(|\] = ")
+        return any(written.search(text) for text in self.source.splitlines() if "nn.Buffer" not in text)
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model with random weights, in evaluation mode; the same ones every time."""

@@ -192,7 +192,8 @@ def scale(choose: Chooser, shape: Shape) -> Made:
     code = choose.pick([
         "{0} * {m}", "{0} + {m}", "{0} - {m}", "{m} - {0}", "{m} * {0}", "-{0}", "{0} / 2.5", "{0} * {m} + {0}",
         "{0} * {m} + {m}", "torch.add({0}, {m}, alpha=2)", "torch.mul({0}, {m})", "torch.sub({0}, {m})",
-        "{0} - {0} * {m}", "torch.addcmul({0}, {0}, {m} * torch.ones(()), value=0.5)", "torch.lerp({0}, {0} * {m}, 0.25)",
+        "{0} - {0} * {m}", "torch.lerp({0}, {0} * {m}, 0.25)",
+        "torch.addcmul({0}, {0}, {m} * torch.ones(()), value=0.5)",
         "{0}.add({m}).mul(0.5)", "torch.neg({0})", "{0} - 1", "1 - {0}",
     ])  # fmt: skip
     return Made(code, constant if "{m}" in code else None)
@@ -338,9 +339,11 @@ def piece(choose: Chooser, shape: Shape) -> Made:
     """A part of the channels or positions."""
     half = max(shape[1] // 2, 1)
     order = [choose.number(0, shape[1] - 1) for _ in range(choose.pick([shape[1], 2]))]
-    calls = ["{0}[:, 1:]", "{0}[:, ::2]", f"{{0}}[:, :{half}]", f"{{0}}[:, {half}:]", "{0}[:, -1:]",
-             f"{{0}}[:, {order}]", f"{{0}}.narrow(1, 0, {half})", f"torch.index_select({{0}}, 1, torch.tensor({order}))",
-             "{0}[..., 1:]", "{0}[..., :-1]", "{0}[..., ::2]", "{0}[..., 1:-1]", f"{{0}}[:, [{shape[1] - 1}, 0]]"]  # fmt: skip
+    calls = [
+        "{0}[:, 1:]", "{0}[:, ::2]", f"{{0}}[:, :{half}]", f"{{0}}[:, {half}:]", "{0}[:, -1:]",
+        f"{{0}}[:, {order}]", f"{{0}}.narrow(1, 0, {half})", "{0}[..., 1:]", "{0}[..., :-1]", "{0}[..., ::2]",
+        "{0}[..., 1:-1]", f"{{0}}[:, [{shape[1] - 1}, 0]]", f"torch.index_select({{0}}, 1, torch.tensor({order}))",
+    ]  # fmt: skip
     if len(shape) == 4:
         calls += ["{0}[:, :, 1::2, ::2]", "{0}[:, 1:, :, 1:]", "{0}[:, :, 1:-1, 1:-1]"]
     return Made(choose.pick(calls))
@@ -360,8 +363,12 @@ def pieces(choose: Chooser, shape: Shape) -> Made:
 def shuffle(choose: Chooser, shape: Shape) -> Made:
     groups = choose.pick([*(g for g in (2, 3, 4) if shape[1] % g == 0), 1])
     rest = "".join(f", {n}" for n in shape[2:])
-    calls = [Made("{m}({0})", f"nn.ChannelShuffle({groups})"),
-             Made(f"{{0}}.view({{0}}.shape[0], {groups}, -1{rest}).transpose(1, 2).reshape({{0}}.shape[0], -1{rest})")]  # fmt: skip
+    blocks = f"{{0}}.view({{0}}.shape[0], {groups}, {shape[1] // groups}{rest}).transpose(1, 2)"
+    calls = [
+        Made("{m}({0})", f"nn.ChannelShuffle({groups})"),
+        Made(f"{blocks}.reshape({{0}}.shape[0], -1{rest})"),
+        Made(f"{blocks}.flatten(1, 2)"),
+    ]
     if shape[1] % 4 == 0:
         calls += [Made("{m}({0})", "nn.PixelShuffle(2)"), Made("F.pixel_shuffle({0}, 2)")]
     if all(n % 2 == 0 for n in shape[2:]):
@@ -388,12 +395,86 @@ def in_place(choose: Chooser, shape: Shape) -> Made:
 
 
 def border(choose: Chooser, shape: Shape) -> Made:
-    """A padding that is overwritten, as by a re-parameterised block that pads a normalised input with its image of 0."""
+    """A padding that is overwritten, as by a block that pads a normalised input with the norm's image of zero."""
     value = choose.pick(["0.5", "{m}"])
     sides = ["[:, :, :1, :]", "[:, :, -1:, :]", "[:, :, :, :1]", "[:, :, :, -1:]"]
     lines = "\n".join(f"{{y0}}{side} = {value}" for side in sides[: choose.pick([4, 4, 2])])
     layer = f"nn.Buffer(torch.randn(1, {shape[1]}, 1, 1))" if value == "{m}" else None
     return Made(f"{{y0}} = F.pad({{0}}, (1, 1, 1, 1))\n{lines}", layer)
+
+
+# --- layers that belong together --------------------------------------------------------------------------------
+
+
+def unpadded_convolution(choose: Chooser, shape: Shape) -> Made:
+    out, groups = choose.pick([shape[1], 4, 2]), choose.pick([1, 1, 2])
+    fits = groups if shape[1] % groups == out % groups == 0 else 1
+    kernel = choose.numbers(1, 3, len(shape) - 2)
+    return Made("{m}({0})", f"nn.Conv{len(shape) - 2}d({shape[1]}, {out}, {kernel}, groups={fits})")
+
+
+def widening_convolution(choose: Chooser, shape: Shape) -> Made:
+    kernel, out = choose.pick([1, 3]), choose.pick([16, 4, 18])
+    return Made("{m}({0})", f"nn.Conv{len(shape) - 2}d({shape[1]}, {out}, {kernel}, padding={kernel // 2})")
+
+
+def pixel_shuffle(choose: Chooser, shape: Shape) -> Made:
+    return Made("{m}({0})", f"nn.PixelShuffle({3 if shape[1] == 18 else 2})")
+
+
+def plain_batch_norm(choose: Chooser, shape: Shape) -> Made:
+    return Made("{m}({0})", f"nn.BatchNorm{max(len(shape) - 2, 1)}d({shape[1]}, affine=False)")
+
+
+def rectifier(choose: Chooser, shape: Shape) -> Made:
+    return Made(choose.pick(["F.relu({0})", "F.gelu({0})", "F.silu({0})", "F.leaky_relu({0}, 0.2)"]))
+
+
+def tokens(choose: Chooser, shape: Shape) -> Made:
+    return Made(choose.pick(["{0}.flatten(2).transpose(1, 2)", "{0}.movedim(1, -1)", "{0}.flatten(2).mT"]))
+
+
+def channels_first(choose: Chooser, shape: Shape) -> Made:
+    return Made(choose.pick(["{0}.movedim(-1, 1)", f"{{0}}.permute(0, {len(shape) - 1}, {_upto(len(shape) - 1)})"]))
+
+
+def global_mean(choose: Chooser, shape: Shape) -> Made:
+    axes = tuple(range(2, len(shape)))
+    return choose.pick([
+        Made("{m}({0}).flatten(1)", f"nn.AdaptiveAvgPool{len(axes)}d(1)"), Made(f"{{0}}.mean({axes})"),
+        Made("{0}.flatten(2).mean(-1)"),
+    ])  # fmt: skip
+
+
+def _upto(axes: int) -> str:
+    return ", ".join(map(str, range(1, axes)))
+
+
+#: Makers in a row, for the rewrites whose patterns few draws of single layers make.
+CHAINS: tuple[tuple[Maker, ...], ...] = (
+    (same_convolution, rectifier, same_convolution),
+    (same_convolution, rectifier, pointwise_convolution, rectifier, same_convolution),
+    (unpadded_convolution, unpadded_convolution, unpadded_convolution),
+    (convolution, batch_norm, convolution),
+    (widening_convolution, pixel_shuffle, pointwise_convolution),
+    (widening_convolution, pixel_shuffle, batch_norm),
+    (convolution, max_pool, plain_batch_norm),
+    (rectifier, plain_batch_norm, max_pool, unpadded_convolution),
+    (pointwise_convolution, upsample, pointwise_convolution),
+    (convolution, upsample, batch_norm),
+    (pointwise_convolution, average_pool, convolution),
+    (convolution, global_mean, linear),
+    (batch_norm, global_mean, linear),
+    (convolution, tokens, linear),
+    (rectifier, tokens, linear, channels_first, convolution),
+    (tokens, linear, sample_norm, linear),
+    (batch_norm, view, linear),
+    (convolution, pieces, same_convolution),
+    (pad, convolution, scale),
+    (transposed_convolution, batch_norm, pointwise_convolution),
+    (linear, decayed_activation, linear),
+    (leaves_as_it_is, activation, leaves_as_it_is),
+)
 
 
 # --- of two values ------------------------------------------------------------------------------------------------
@@ -418,14 +499,15 @@ ANY_SHAPE: list[Maker] = [
 VECTORS: list[Maker] = [linear, linear, batch_norm]
 CONVOLUTIONS: list[Maker] = [convolution, same_convolution, pointwise_convolution]
 IMAGES: list[Maker] = [
-    functional_convolution, transposed_convolution, average_pool, max_pool, adaptive_pool, mean, upsample, pad, batch_norm,
-    shuffle,
+    functional_convolution, transposed_convolution, average_pool, max_pool, adaptive_pool, mean, upsample, pad,
+    batch_norm, shuffle,
 ]  # fmt: skip
 PLANE: list[Maker] = [border, shuffle, space_to_depth]
 
 
 def _padding(choose: Chooser, kernel: tuple[int, ...]) -> int | tuple[int, ...] | str:
-    return choose.pick([0, 1, kernel[0] // 2, tuple(k // 2 for k in kernel), 2, tuple(k - 1 for k in kernel)])
+    options: list[int | tuple[int, ...] | str] = [0, 1, kernel[0] // 2, 2]
+    return choose.pick([*options, tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel)])
 
 
 def _options(**given: tuple[object, object]) -> str:

@@ -88,9 +88,19 @@ class Pair:
                 expected = drawn.cast(self.dtype if self.reference is None else torch.float64).run(reference)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
+            if _has_new_ones(drawn, example) and not self._takes(drawn):
+                continue
             self._compare(drawn, worst, expected)
         exact = worst.exact if self.compiled_reference is not None else None
         return Verification(True, exact, worst.deployed, worst.own, worst.allowed, worst.count, level)
+
+    def _takes(self, example: Example) -> bool:
+        """Does the compiled form run? An axis of one element may broadcast in the original; a layer refuses it."""
+        try:
+            _run(self.compiled, example.cast(self.dtype).to(self.device))
+        except NotEquivalentError:
+            return False
+        return True
 
     def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
         reference = self.original if self.reference is None else self.reference
@@ -252,6 +262,12 @@ def _large(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 #: The first is that of the first input drawn, at the example's sizes: large values reach what clamps.
 _DISTRIBUTIONS = (_large, _normal, _sparse, _uniform)
+
+
+def _has_new_ones(drawn: Example, example: Example) -> bool:
+    """Has an axis behind the batch one element, where the example has more?"""
+    pairs = zip(drawn.tensors, example.tensors, strict=True)
+    return any(n == 1 < m for ours, theirs in pairs for n, m in zip(ours.shape[1:], theirs.shape[1:], strict=True))
 
 
 def _describe(example: Example) -> str:
