@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from rgc.algebra import Conv, Scale
 from rgc.compiler import CompiledModule, compile, trace
 from rgc.errors import InputError
 from rgc.graphs import draw_recipe
+from rgc.ir import Operator
+from rgc.operators import (
+    Activation,
+    AdaptiveMaxPool,
+    Add,
+    AvgPool,
+    BatchNorm,
+    ChannelMean,
+    Concat,
+    Constant,
+    Identity,
+    MaxPool,
+    Multiply,
+    Normalize,
+    Opaque,
+    Structural,
+    Upsample,
+)
+from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample
 from rgc.recipe import Recipe, reduced, script
 from rgc.recipe_steps import Chooser
+
+#: What tracing makes of a model.
+VOCABULARY: tuple[type[Operator], ...] = (
+    Activation, AdaptiveMaxPool, Add, Assign, AvgPool, BatchNorm, BorderFill, ChannelMean, Concat, Constant, Conv,
+    Gather, Identity, MaxPool, Multiply, Normalize, Opaque, Pad, PixelShuffle, PixelUnshuffle, Scale, Structural,
+    Subsample, Upsample,
+)  # fmt: skip
 
 #: The largest difference in float64, relative to the largest output.
 TOLERANCE = 1e-9
@@ -88,6 +116,18 @@ class Tally:
     comparisons: int = 0
     faults: list[Fault] = field(default_factory=list)
 
+    @property
+    def idle(self) -> list[str]:
+        """The built-in rewrites that have not fired."""
+        from rgc.passes import ALL, OPT_IN
+
+        return [each.name for each in (*ALL, *OPT_IN) if not self.firings[each.name]]
+
+    @property
+    def undrawn(self) -> list[str]:
+        """The operators of the vocabulary, as tracing makes them, that have not occurred."""
+        return [each.__name__ for each in VOCABULARY if not self.operators[each.__name__]]
+
     def __str__(self) -> str:
         return "\n".join([
             f"{self.examples} models: {self.equal} equal, {self.refused.total()} refused, {self.unusable} unusable, "
@@ -95,34 +135,36 @@ class Tally:
             f"traced by {_counted(self.tiers)}",
             f"operators, by models: {_counted(self.operators)}",
             f"firings, by rewrite: {_counted(self.firings)}",
+            f"operators that did not occur: {', '.join(self.undrawn) or 'none'}",
+            f"rewrites that did not fire: {', '.join(self.idle) or 'none'}",
             *(f"refused {times} times: {reason}" for reason, times in self.refused.most_common()),
         ])  # fmt: skip
 
 
-def fuzz(
-    examples: int = 300, *, seed: int = 0, most_steps: int = 10, progress: Callable[[Tally], None] = lambda _: None
+def run(
+    examples: int, *, seed: int, most_steps: int, passes: Sequence[Any] | None, progress: Callable[[Tally], None]
 ) -> Tally:
-    """Draw so many random models, compile each, compare; a `Tally` whose ``faults`` should be empty.
-
-    The same ``seed`` draws the same models. ``progress`` is called after each.
-    """
+    """`rgc.testing.fuzz`; ``progress`` is called after each model."""
     tally = Tally()
     for index in range(examples):
-        recipe, setting = drawn(seed, index, most_steps)
-        tally.examples += 1
-        fault = check_recipe(recipe, setting, tally)
-        if fault is not None:
-            tally.faults.append(_smallest(fault) if _is_new(fault, tally) else fault)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch says of a model that nobody would write
+            recipe, setting = drawn(seed, index, most_steps, passes)
+            tally.examples += 1
+            fault = check_recipe(recipe, setting, tally)
+            if fault is not None:
+                tally.faults.append(_smallest(fault) if _is_new(fault, tally) else fault)
         progress(tally)
     return tally
 
 
-def drawn(seed: int, index: int, most_steps: int = 10) -> tuple[Recipe, Setting]:
+def drawn(seed: int, index: int, most_steps: int = 10, passes: Sequence[Any] | None = None) -> tuple[Recipe, Setting]:
     """A random recipe and how to compile it: the one with this number among those of ``seed``."""
     chance = random.Random(f"{seed} {index}")
     choose = Chooser(chance.randint)
     recipe = draw_recipe(choose, most_steps)
-    return recipe, Setting(choose.pick(pass_sets()), choose.pick(OBJECTIVES), choose.flag(), choose.flag())
+    chosen = choose.pick(pass_sets() if passes is None else passes)
+    return recipe, Setting(chosen, choose.pick(OBJECTIVES), choose.flag(), choose.flag())
 
 
 def pass_sets() -> list[str]:

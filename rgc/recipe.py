@@ -80,8 +80,9 @@ class Recipe:
     @property
     def overwrites(self) -> bool:
         """Does it write to a tensor? A view that sees a part of that is beyond symbolic tracing."""
-        written = re.compile(r"inplace=True|[-+*/]=|_\(|\] = ")
-        return any(written.search(text) for text in self.source.splitlines() if "nn.Buffer" not in text)
+        written = re.compile(r"inplace=True|[-+*/]= |\w_\(|\] = ")
+        layers = dict(self.layers)
+        return any(written.search(f"{step.text} {layers.get(step.layer or '', '')}") for step in self.steps)
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model with random weights, in evaluation mode; the same ones every time."""

@@ -85,8 +85,8 @@ def convolution(choose: Chooser, shape: Shape) -> Made:
 def same_convolution(choose: Chooser, shape: Shape) -> Made:
     """Of the size that came in: what a residual or a branch needs."""
     rank, channels = len(shape) - 2, shape[1]
-    k = choose.pick([1, 3, 3, 2])
-    padding = "'same'" if k == 2 else f"{k // 2}"
+    k = choose.pick([1, 3, 3])
+    padding = choose.pick([k // 2, k // 2, "'same'"])
     groups = choose.pick([1, 1, 1, channels])
     bias = "" if choose.flag() else ", bias=False"
     return Made("{m}({0})", f"nn.Conv{rank}d({channels}, {channels}, {k}, padding={padding}, groups={groups}{bias})")
@@ -237,7 +237,13 @@ def decayed_activation(choose: Chooser, shape: Shape) -> Made:
 def leaves_as_it_is(choose: Chooser, shape: Shape) -> Made:
     calls = ("F.dropout({0}, 0.3, training=False)", "{0}.contiguous()", "{0}.clone()", "{0}.to({0}.dtype)",
              "{0} * 1", "{0} + 0", "{0}.view_as({0})")  # fmt: skip
-    modules = ("nn.Identity()", "nn.Dropout(0.5)", "nn.Dropout2d(0.2)", "nn.AlphaDropout()", "nn.Sequential()")
+    modules = (
+        "nn.Identity()",
+        "nn.Dropout(0.5)",
+        f"nn.Dropout{max(len(shape) - 2, 1)}d(0.2)",
+        "nn.AlphaDropout()",
+        "nn.Sequential()",
+    )
     chosen = choose.pick([*modules, *calls])
     return Made(chosen) if chosen in calls else Made("{m}({0})", chosen)
 
