@@ -809,6 +809,8 @@ def _as_convs(second: Linear, first: Linear, size: Size | None, parallel: bool =
     entering = (inner or known)[0]
     b = first.at(size).as_conv(entering, spatial)
     known_size = b.size or size
+    fits = known_size is None or len(known_size) == spatial
+    require(fits, f"{second.label} and {first.label} act on different axes")
     reached = known_size if parallel or known_size is None else b.output_size(known_size)
     a = second.at(reached).as_conv(entering if parallel else b.out_channels, spatial)
     return _settled(a), _settled(b)

@@ -431,8 +431,8 @@ def _mean_over(lifter: Lifting, x: Any, dim: Any = None, keepdim: Any = False, d
     shape, axis = lifter.shape(x), _one_axis(lifter, x, dim)
     if axis is None or not keepdim or len(shape) > 5:
         return None
-    if axis != 1 and (axis, len(shape)) != (2, 3):  # the last axis of an image is not one of channels
-        return None
+    if axis != 1 and not ((axis, len(shape)) == (2, 3) and _is_channel_axis(x, axis, 3)):
+        return None  # positions, of which an input of another size has another number
     return lifter.emit(ChannelMean(shape[axis], len(shape) - 1 - axis), x)
 
 

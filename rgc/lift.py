@@ -138,6 +138,9 @@ class _Lifter:
             target = self.source.root.get_submodule(str(node.target))
         name, inplace = _canonical(node.op, target, args, kwargs)
         values = _values_in((args, kwargs))
+        if inplace and isinstance(args[0] if args else None, Value) and not isinstance(self.real[args[0]], Tensor):
+            inplace = False  # `n += 1` of a number gives the name another one
+        inplace = inplace and not _is_written_back(node)
         if _asks_for_rank(target, args) and isinstance(args[0], Value):
             self._bind(node, self.real[args[0]].dim())  # the same at every size, so it holds no tensor back
             return
@@ -253,6 +256,8 @@ class _Lifter:
                 continue
             if not isinstance(value, Value):
                 raise TraceError(f"{node.name} overwrites a parameter or buffer in place")
+            if not _overlap(self.real[value], old):
+                continue
             if not _same_view(self.real[value], old):
                 raise TraceError(f"{node.name} overwrites memory that {member.name} sees through another view")
             self._set(member, result)
@@ -413,6 +418,18 @@ def _is_overwritten(node: fx.Node) -> bool:
     )
 
 
+def _is_written_back(node: fx.Node) -> bool:
+    """Is it the sum of ``y[i] += z``, which Python assigns to the items that it has overwritten?"""
+    items, assignment = node.args[0] if node.args else None, node.next
+    if not isinstance(items, fx.Node) or items.target is not operator.getitem or node.target not in _WITH_ITEMS:
+        return False
+    alone = set(items.users) == {node} and set(node.users) == {assignment}
+    return alone and assignment.target is operator.setitem and assignment.args == (*items.args, node)
+
+
+_WITH_ITEMS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv})
+
+
 def _asks_for_rank(target: Any, args: Sequence[Any]) -> bool:
     return (target is getattr and args[1:] == ("ndim",)) or target in ("dim", "ndimension")
 
@@ -464,6 +481,28 @@ def _values_in(structure: Any) -> list[Value]:
 def _storages(result: Any) -> set[int]:
     tensors = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def _overlap(a: Any, b: Any) -> bool:
+    """Do two results share an element? Pieces of one tensor lie in one memory and may not."""
+    tensors = [leaf for leaf in tree_flatten((a, b))[0] if isinstance(leaf, Tensor) and leaf.numel()]
+    if len(tensors) != 2 or any(each.layout != torch.strided for each in tensors):
+        return True
+    if len({each.untyped_storage().data_ptr() for each in tensors}) == 2:
+        return (
+            False  # one has been overwritten since, when each alias that it has an element in common with was rebound
+        )
+    ends = [each.storage_offset() + _extent(each) for each in tensors]
+    if max(each.storage_offset() for each in tensors) >= min(ends):
+        return False
+    memory = torch.zeros(max(ends), dtype=torch.bool)
+    one, other = (memory.as_strided(each.shape, each.stride(), each.storage_offset()) for each in tensors)
+    one.fill_(True)
+    return bool(other.any())
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _same_view(a: Any, b: Any) -> bool:

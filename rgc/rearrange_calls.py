@@ -168,6 +168,8 @@ def reshape(lifter: Lifting, x: Any, *sizes: Any) -> Value | None:
     shape = lifter.shape(source)
     if len(wanted) != len(shape) or not _names_axes(lifter, wanted, shape, source):
         return None
+    if not _leaves_positions(wanted[1:2], wanted[2:]):
+        return None
     return _along_channels(lifter, source, 1, Shuffle(groups))
 
 
@@ -406,6 +408,8 @@ def _transposed_blocks(lifter: Lifting, x: Any) -> tuple[Value, int] | None:
         return None
     if not all(_is_of_channels(lifter, size, source) for size in sizes[1:3]):
         return None
+    if not _leaves_positions(sizes[1:3], sizes[3:]):
+        return None
     return source, int(wide.shape[1])
 
 
@@ -435,6 +439,11 @@ def _names_axes(lifter: Lifting, sizes: Sequence[Any], shape: Sequence[int], sou
         elif axis == 0 or size != shape[axis]:  # a batch that is burned in must stay free
             return False
     return True
+
+
+def _leaves_positions(channels: Sequence[Any], positions: Sequence[Any]) -> bool:
+    """A -1 among the channels takes up what other sizes leave over, where the positions are numbers."""
+    return -1 not in [n for n in channels if isinstance(n, int)] or all(isinstance(n, Value) for n in positions)
 
 
 def _is_of_channels(lifter: Lifting, size: Any, source: Value) -> bool:

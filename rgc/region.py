@@ -91,13 +91,13 @@ class Region(Operator):
 
     def as_linear(self, size: Size | None) -> Linear:
         """The region as one linear operator, or a refusal that names the value in the way."""
-        channels = self._channels
-        start = unit() if channels is None else Scale(torch.ones(channels), torch.zeros(channels), self.spatial)
+        source = _Source(self._channels, self.spatial, size)
+        start = unit() if source.channels is None else _identity(source.channels, source.axes)
         maps = {self.source: _Image(start, None)}
         for value in self.values:
             if not isinstance(value.op, Constant):
-                maps[value] = _image(value, [maps.get(used) for used in value.inputs], size, channels)
-        return _of_all_channels(maps[self.sink], size, channels)
+                maps[value] = _image(value, [maps.get(used) for used in value.inputs], source)
+        return _of_all_channels(maps[self.sink], source)
 
     @property
     def spatial(self) -> int | None:
@@ -256,6 +256,15 @@ def _between(source: Value | None, sink: Value, order: dict[Value, int]) -> Regi
 
 
 @dataclass(frozen=True)
+class _Source:
+    """What the region reads: its channels and the axes behind them, None where no operator says; its size if fixed."""
+
+    channels: int | None
+    axes: int | None
+    size: Size | None
+
+
+@dataclass(frozen=True)
 class _Image:
     """A value of a region: a linear operator of the source's channels ``read``, in that order; None for all."""
 
@@ -268,34 +277,32 @@ class _Image:
         return isinstance(self.op, Scale) and self.op.is_identity
 
 
-def _identity(channels: int, axes: int) -> Scale:
+def _identity(channels: int, axes: int | None) -> Scale:
     return Scale(torch.ones(channels), torch.zeros(channels), axes)
 
 
-def _image(value: Value, images: list[_Image | None], size: Size | None, channels: int | None) -> _Image:
+def _image(value: Value, images: list[_Image | None], source: _Source) -> _Image:
     known = [image for image in images if image is not None]
     if len(known) < len(images):
         raise Refusal(f"{value.where} mixes in a constant")
     if isinstance(value.op, Linear):
         (image,) = known
-        selected = _selected(value.op, image, channels)
-        return selected or _Image(compose(value.op, image.op, size), image.read)
+        return _selected(value.op, image, source) or _composed(value.op, image, source)
     if isinstance(value.op, Add):
-        left, right = _of_same_channels([_broadcast(image, value) for image in known], size, channels)
-        other = right.op if value.op.sign == 1 else compose(_MINUS, right.op, size)
-        return _Image(add(left.op, other, size), left.read)
+        left, right = _of_same_channels([_broadcast(image, value, source) for image in known], source)
+        other = right.op if value.op.sign == 1 else compose(_MINUS, right.op, source.size)
+        return _Image(add(left.op, other, source.size), left.read)
     if isinstance(value.op, Concat):
-        return _stacked(value, known, size, channels)
+        return _stacked(value, known, source)
     raise Refusal(f"{value.where} ({value.op.label}) is affine but not a convolution")
 
 
-def _selected(op: Linear, image: _Image, channels: int | None) -> _Image | None:
+def _selected(op: Linear, image: _Image, source: _Source) -> _Image | None:
     """A selection of channels behind another one is a selection of the source's; None for anything else."""
-    if not isinstance(op, Gather) or not image.is_selection or image.op.spatial != op.axes or min(op.index) < 0:
+    if not isinstance(op, Gather) or not image.is_selection or source.axes != op.axes or min(op.index) < 0:
         return None
-    return _Image(
-        _identity(len(op.index), op.axes), _named(tuple(_reads(image, op.count)[i] for i in op.index), channels)
-    )
+    read = tuple(_reads(image, op.count)[i] for i in op.index)
+    return _Image(_identity(len(read), op.axes), _named(read, source.channels))
 
 
 def _reads(image: _Image, channels: int) -> tuple[int, ...]:
@@ -307,40 +314,47 @@ def _named(read: tuple[int, ...], channels: int | None) -> tuple[int, ...] | Non
     return None if channels is not None and read == tuple(range(channels)) else read
 
 
-def _of_all_channels(image: _Image, size: Size | None, channels: int | None) -> Linear:
+def _of_all_channels(image: _Image, source: _Source) -> Linear:
     """An operator of all the source's channels."""
     if image.read is None:
         return image.op
-    assert channels is not None and image.op.spatial is not None  # what has selected some says so
+    assert source.channels is not None and source.axes is not None  # what has selected some says so
     if image.is_selection:
-        return Gather(Listed(image.read), channels, image.op.spatial)
-    return compose(image.op, selecting(image.read, channels, image.op.spatial), size)
+        return Gather(Listed(image.read), source.channels, source.axes)
+    return compose(image.op, selecting(image.read, source.channels, source.axes), source.size)
 
 
-def _of_same_channels(images: list[_Image], size: Size | None, channels: int | None) -> list[_Image]:
+def _composed(op: Linear, image: _Image, source: _Source) -> _Image:
+    return _Image(compose(op, image.op, source.size), image.read)
+
+
+def _of_same_channels(images: list[_Image], source: _Source) -> list[_Image]:
     if len({image.read for image in images}) == 1:
         return images
-    return [_Image(_of_all_channels(image, size, channels), None) for image in images]
+    return [_Image(_of_all_channels(image, source), None) for image in images]
 
 
-def _broadcast(image: _Image, value: Value) -> _Image:
+def _broadcast(image: _Image, value: Value, source: _Source) -> _Image:
     """One channel that a sum repeats for every channel, as a convolution that repeats it."""
-    spatial, own = image.op.spatial, image.op.channels
-    if spatial is None or own is None or own[1] != 1:
+    if source.channels is None or source.axes is None:
         return image
+    spatial = source.axes if image.op.spatial is None else image.op.spatial
+    read = len(_reads(image, source.channels))
+    _, made = image.op.channels or (read, read)  # a factor for all channels alike makes as many as it reads
     wanted = value.tensor_type.shape[-spatial - 1]
-    if wanted == 1:
+    if made != 1 or wanted == 1:
         return image
     repeat = torch.ones(wanted, 1, *[1] * spatial, dtype=torch.float64)
-    return _Image(compose(Conv(repeat), image.op.as_conv(own[0], spatial)), image.read)
+    return _Image(compose(Conv(repeat), image.op.as_conv(read, spatial)), image.read)
 
 
-def _stacked(value: Value, images: list[_Image], size: Size | None, channels: int | None) -> _Image:
+def _stacked(value: Value, images: list[_Image], source: _Source) -> _Image:
     """A concatenation of channels: selections one after the other, blocks side by side, or a sum of moved parts."""
-    spatial = next((image.op.spatial for image in images if image.op.spatial is not None), None)
+    spatial, channels, size = source.axes, source.channels, source.size
     op = value.op
     assert isinstance(op, Concat)
-    require(spatial is not None and channels is not None, f"{value.where} concatenates what no layer has read")
+    read_by_a_layer = bool(images) and spatial is not None and channels is not None
+    require(read_by_a_layer, f"{value.where} concatenates what no layer has read")
     assert spatial is not None and channels is not None
     require(op.axis == -spatial - 1, f"{value.where} concatenates along axis {op.axis}, not along the channels")
     read = tuple(channel for image in images for channel in _reads(image, channels))
@@ -349,7 +363,7 @@ def _stacked(value: Value, images: list[_Image], size: Size | None, channels: in
     parts = [image.op.as_conv(len(_reads(image, channels)), spatial) for image in images]
     if len(set(read)) == len(read) and len(images) > 1 and not any(part.transposed for part in parts):
         return _Image(block_diagonal(parts, size), _named(read, channels))
-    images = _of_same_channels(images, size, channels)
+    images = _of_same_channels(images, source)
     parts = on_one_grid([image.op.as_conv(len(_reads(image, channels)), spatial) for image in images])
     return _Image(_sum_of_moved(parts, spatial, size), images[0].read)
 

@@ -1,4 +1,4 @@
-"""How does the author of a rewrite test it? Its examples, compiled with weights that hide nothing.
+"""How does the author of a rewrite test it? Its examples, with weights that hide nothing, and random models.
 
 from rgc.testing import check
 
@@ -8,7 +8,8 @@ def test_my_rewrite() -> None:
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ from rgc.compiler import Options, compile_with, example_of
 from rgc.errors import RgcError
 from rgc.report import Report
 from rgc.rewrite import Example, Rewrite
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+    from rgc.fuzzing import Tally
+    from rgc.recipe import Recipe
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,6 +97,47 @@ def randomize(model: Model, seed: int = 0) -> Model:
     return model
 
 
+def graphs(most_steps: int = 10) -> SearchStrategy[Recipe]:
+    """A Hypothesis strategy of random models that run: a `Recipe` has a ``model()``, a ``call()`` and its ``source``.
+
+    They have up to ``most_steps`` draws of layers and calls, branches, sums, concatenations, shared modules, tied
+    weights and values that are overwritten, on one to three inputs with no to three spatial axes.
+
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=5, deadline=None)
+    ... @given(graphs(most_steps=3))
+    ... def test(recipe):
+    ...     recipe.model()(*recipe.call())
+    >>> test()
+    """
+    from rgc.graphs import recipes
+
+    return recipes(most_steps)
+
+
+def fuzz(
+    examples: int = 300,
+    *,
+    seed: int = 0,
+    most_steps: int = 10,
+    passes: Sequence[Any] | None = None,
+    progress: Callable[[Tally], None] = lambda _: None,
+) -> Tally:
+    """Compile so many random models, each in a way of its own, and compare with eager PyTorch in float64.
+
+    Each is compiled with one of ``passes`` (what `rgc.compile` takes for them; by default every set of built-in ones)
+    and one of the objectives, in float64 or float32. The same ``seed`` draws the same models. A `Fault` among the
+    ``faults`` of the result is as small as it was made, and ``fault.script`` is a Python program that shows it.
+
+    >>> tally = fuzz(3, most_steps=2)
+    >>> tally.examples, tally.faults
+    (3, [])
+    """
+    from rgc.fuzzing import run
+
+    return run(examples, seed=seed, most_steps=most_steps, passes=passes, progress=progress)
+
+
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Signs at random, both of them where there is room for two."""
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
@@ -131,4 +179,4 @@ def _instead(reasons: list[str], report: Report) -> str:
     return f"its pattern does not occur in the traced model{notes}"
 
 
-__all__ = ["ExampleError", "check", "randomize"]
+__all__ = ["ExampleError", "check", "fuzz", "graphs", "randomize"]

@@ -58,6 +58,23 @@ class TracedValue(fx.Proxy):
         """Items may be assigned to: what that does to the value is the affair of the lifting."""
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._overwritten(operator.iadd, operator.add, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._overwritten(operator.isub, operator.sub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._overwritten(operator.imul, operator.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._overwritten(operator.itruediv, operator.truediv, other)
+
+    def _overwritten(self, inplace: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
+        """``y += z`` writes to the tensor, for which other names may stand; of a size it makes another one."""
+        function = plain if self.is_form else inplace
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
     def __len__(self) -> int:
         length = self.tracer.length(self)  # type: ignore[attr-defined]  # the tracer is an AnsweringTracer
         return super().__len__() if length is None else int(length)

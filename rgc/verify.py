@@ -133,6 +133,8 @@ class Pair:
                 found = self._expected(drawn)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
+            if _has_new_ones(drawn, example) and not self._takes(drawn):
+                continue
             exact = max(exact, self._exact_difference(drawn, found, LARGEST_ROUNDING_IF_DRAWN))
             cases.append(Case.of(drawn, found))
         return Cases(level, cases, exact if self.compiled_reference is not None else None)
@@ -159,6 +161,17 @@ class Pair:
         if not exact <= TOLERANCE and not exact <= min(self._rounding(precise, expected), most):
             raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
         return exact
+
+    def _takes(self, example: Example) -> bool:
+        """Does the compiled form run? An axis of one element may broadcast in the original; a layer refuses it."""
+        try:
+            if self.compiled_reference is not None:
+                _run(self.compiled_reference, example.cast(torch.float64))
+            else:
+                _run(self.compiled, example.cast(self.dtype).to(self.device))
+        except NotEquivalentError:
+            return False
+        return True
 
     def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
         deployed = example.cast(self.dtype).to(self.device)
@@ -316,6 +329,12 @@ def _large(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 #: The first is that of the first input drawn, at the example's sizes: large values reach what clamps.
 _DISTRIBUTIONS = (_large, _normal, _sparse, _uniform)
+
+
+def _has_new_ones(drawn: Example, example: Example) -> bool:
+    """Has an axis behind the batch one element, where the example has more?"""
+    pairs = zip(drawn.tensors, example.tensors, strict=True)
+    return any(n == 1 < m for ours, theirs in pairs for n, m in zip(ours.shape[1:], theirs.shape[1:], strict=True))
 
 
 def _describe(example: Example) -> str:

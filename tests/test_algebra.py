@@ -1078,3 +1078,12 @@ def test_the_inferred_type_is_the_type_of_the_result() -> None:
 )
 def test_labels_are_what_a_user_would_say(op: Linear, label: str) -> None:
     assert op.label == label
+
+
+@pytest.mark.parametrize("law", [compose, add])
+def test_a_size_of_other_axes_than_those_of_the_first_operator_is_a_refusal(law: Any) -> None:
+    linear, channels = Conv(ones(2, 3)), Scale(ones(3), ones(3), 1)
+    with pytest.raises(Refusal, match="act on different axes"):
+        law(linear, channels, ())
+    with pytest.raises(Refusal, match="act on different axes"):
+        law(linear, Conv(ones(3, 3, 1)), ())

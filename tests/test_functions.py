@@ -417,3 +417,24 @@ def test_bounds_that_are_none_along_the_channels_are_kept(body: Body) -> None:
 
 def test_a_constant_bound_of_one_element_is_the_bound_of_all() -> None:
     assert [type(op) for op in lifted(lambda m, x: torch.minimum(m.a(x), m.s))][1:] == [Activation]
+
+
+def test_a_mean_over_the_last_of_three_axes_is_one_over_channels_only_behind_a_layer_that_counts_them() -> None:
+    class Mean(nn.Module):
+        def __init__(self, first: nn.Module) -> None:
+            super().__init__()
+            self.first = first
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.first(x)
+            return y + y.mean(2, keepdim=True)
+
+    for first, is_over_channels in ((nn.Linear(6, 6), True), (nn.Conv1d(5, 5, 1), False), (nn.Identity(), False)):
+        model = randomize(Mean(first))
+        x = torch.randn(2, 5, 6)
+        found = {type(value.op) for value in trace(model, x).graph.nodes()}
+        assert (ChannelMean in found) == is_over_channels
+        compiled = rgc.compile(model, x, passes="all")
+        assert not compiled.report.failures
+        if not is_over_channels and not compiled.report.fixed_size:
+            torch.testing.assert_close(compiled(torch.ones(2, 5, 9)), model(torch.ones(2, 5, 9)))

@@ -117,7 +117,7 @@ def _copied_over(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [
-    _written_through_a_second_name, _written_through_a_slice, _written_through_a_flattened_view,
+    _written_through_a_slice, _written_through_a_flattened_view,
     _one_chunk_changed, _transposed_changed, _result_written_with_out, _copied_over,
 ])  # fmt: skip
 def test_what_symbolic_tracing_cannot_follow_is_exported(forward: Callable[[Any, Tensor], Tensor]) -> None:
@@ -163,9 +163,23 @@ def _view_of_the_same_form(m: Any, x: Tensor) -> Tensor:
     return m.second(y)
 
 
+def _other_chunk_read(m: Any, x: Tensor) -> Tensor:
+    a, b = m.first(x).chunk(2, 1)
+    a += 1
+    b *= a
+    return m.second(torch.cat([a, b], 1))
+
+
+def _sizes_counted_up(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    height = kept = y.shape[2]
+    height += 1
+    return F.interpolate(m.second(y), (height, kept))
+
+
 @pytest.mark.parametrize("forward", [
     _input_read_after_an_inplace_relu, _relu_on_an_identity, _relu_on_a_dropout, _arithmetic_in_place,
-    _input_overwritten, _view_of_the_same_form,
+    _input_overwritten, _view_of_the_same_form, _written_through_a_second_name, _other_chunk_read, _sizes_counted_up,
 ])  # fmt: skip
 def test_an_inplace_write_reaches_every_alias(forward: Callable[[Any, Tensor], Tensor]) -> None:
     assert compiled_equal(Model(forward)).report.tier == "torch.fx"

@@ -304,3 +304,12 @@ def test_an_assignment_below_a_view_of_another_shape_goes_to_the_next_tier() -> 
     compiled = rgc.compile(model, x)
     torch.testing.assert_close(compiled(x), model(x))
     assert "overwrites memory that" in compiled.report.notes[0]
+
+
+@pytest.mark.parametrize("call", [
+    lambda m, x: x.view(x.shape[0], 2, -1, 6, 4).transpose(1, 2).reshape(x.shape[0], -1, 6, 4),
+    lambda m, x: x.view(x.shape[0], 2, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape[0], -1, 6, 4),
+])  # fmt: skip
+def test_a_shuffle_whose_channels_take_up_what_the_positions_leave_over_is_none(call: Any) -> None:
+    compiled = lifted(Model(call), shapes=((2, 8, 6, 4), (1, 8, 6, 4), (2, 8, 12, 4), (2, 8, 6, 8)))
+    assert "ChannelShuffle" not in operators(compiled) and "channel_shuffle" not in operators(compiled)

@@ -186,3 +186,21 @@ def test_integers_are_drawn_from_the_example() -> None:
     example = example_of(nn.ReLU(), (torch.tensor([[3, 5]]), 7))
     for drawn in draw_examples(example, 5, False):
         assert set(drawn.tensors[0].flatten().tolist()) <= {3, 5} and drawn.args[1] == 7
+
+
+@pytest.mark.parametrize("product", [
+    lambda x, w: torch.tensordot(x, w, dims=1), lambda x, w: torch.einsum("nkl,lo->nko", x, w),
+])  # fmt: skip
+def test_an_axis_of_one_element_that_only_the_original_broadcasts_is_no_difference(product: Any) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = product(x, self.w)
+            return y
+
+    assert Product()(torch.randn(2, 4, 1)).shape == (2, 4, 3)
+    compiled = rgc.compile(Product().eval(), torch.randn(2, 4, 8), verify="full", strict=True)
+    assert compiled.report.ops_after == {"Linear": 1}

@@ -49,3 +49,9 @@ def test_factors_along_other_axes_are_refused(calls: Any, compiled: Any, reasons
     both = calls(lambda x: torch.relu((x * FACTOR) * columns))
     report = compiled(both, 2, 4, 6, 6, passes="fold_scale")
     assert report.rewrites == [] and "different axes" in reasons(report, "fold_scale")
+
+
+def test_an_offset_along_another_axis_than_the_layer_behind_it_stays(calls: Any, compiled: Any) -> None:
+    model = calls(lambda x, linear: linear(x + FACTOR[:, 0]), linear=nn.Linear(5, 3))
+    report = compiled(model, 2, 4, 5, passes="all,-collapse")
+    assert not report.failures and report.ops_after == {"add": 1, "Linear": 1}

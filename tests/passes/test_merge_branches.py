@@ -150,3 +150,14 @@ def test_branches_of_cropped_inputs_are_one_convolution(calls: Any, compiled: An
 
     parts = {"square": nn.Conv2d(4, 4, 3), "tall": nn.Conv2d(4, 4, (3, 1)), "wide": nn.Conv2d(4, 4, (1, 3))}
     assert compiled(calls(block, **parts), 2, 4, 7, 6).ops_after == {"Conv2d": 1, "ReLU": 1, "Tanh": 1}
+
+
+@pytest.mark.parametrize("meet", [
+    lambda x: x + x[:, -1:],
+    lambda x: 2 * x[:, 1:2] - x,
+    lambda x: torch.cat([x[:, 2:3], x[:, :1] + x], 1),
+])  # fmt: skip
+def test_one_selected_channel_is_repeated_for_all(meet: Any, calls: Any, compiled: Any) -> None:
+    for shape in ((2, 4), (2, 4, 5, 6)):
+        report = compiled(calls(lambda x: torch.relu(meet(x))), *shape)
+        assert not report.failures and report.ops_after.total() == 2

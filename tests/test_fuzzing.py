@@ -1,0 +1,116 @@
+"""Does the fuzzer find what is wrong, make it small, and find nothing wrong in rgc?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rgc
+from rgc import BatchNorm, Conv, Value, fuzzing, rewrite
+from rgc.errors import InputError
+from rgc.fuzzing import Setting, check_recipe, drawn, pass_sets
+from rgc.passes import ALL, OPT_IN
+from rgc.recipe import Recipe, Step
+from rgc.testing import fuzz
+
+#: Random models in ``make test``; thousands by ``python -m benchmarks.fuzz``.
+EXAMPLES = 300
+
+
+def of_layers(*constructors: str) -> Recipe:
+    names = [f"m{index}" for index in range(len(constructors))]
+    reads = ["x0", *(f"v{index}" for index in range(len(constructors)))]
+    steps = [Step("{y0} = {m}({0})", (reads[i],), (reads[i + 1],), name) for i, name in enumerate(names)]
+    layers = tuple(zip(names, constructors, strict=True))
+    return Recipe((("x0", (2, 3, 6, 5)),), layers, (), tuple(steps), (reads[-1],), seed=1)
+
+
+FOLDABLE = of_layers("nn.Conv2d(3, 4, 3)", "nn.BatchNorm2d(4)")
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_random_models_stay_equal_under_every_set_of_passes_and_objective(part: int) -> None:
+    tally = fuzz(EXAMPLES // 3, seed=part)
+    assert not tally.faults, tally.faults[0].script
+    assert tally.equal + tally.refused.total() + tally.unusable == EXAMPLES // 3
+    assert tally.equal > 0.9 * tally.examples and tally.comparisons > 3 * tally.equal
+    assert len(tally.firings) > 8 and len(tally.operators) > 12
+
+
+def test_every_pass_is_left_out_of_some_set_and_each_set_is_one_that_compile_takes() -> None:
+    sets = set(pass_sets())
+    assert {"default", "all"} < sets and any(OPT_IN[0].name in each for each in sets)
+    assert all({f"default,-{each.name}", f"all,-{each.name}"} < sets for each in ALL)
+    assert {drawn(0, index)[1].objective for index in range(40)} == {"latency", "depth", "macs", "params"}
+
+
+def test_a_rewrite_that_is_wrong_is_found_made_small_and_shown_by_a_program() -> None:
+    @rewrite(lambda x, conv, bn: bn(conv(x)))
+    def fold_twice(x: Value, conv: Conv, bn: BatchNorm) -> Value:
+        return (bn.as_linear() @ bn.as_linear() @ conv)(x)
+
+    tally = fuzz(50, seed=1, passes=[(fold_twice,)])
+    assert {fault.kind for fault in tally.faults} <= {"failure of fold_twice", "raises NotEquivalentError"}
+    assert tally.faults
+    assert all(len(fault.recipe.steps) == 2 for fault in tally.faults[:1]), tally.faults[0].script
+
+
+def spoiled(model: nn.Module, inputs: Any, **options: Any) -> rgc.CompiledModule:
+    compiled = rgc.compile(model, inputs, **options)
+    with torch.no_grad():
+        for parameter in compiled.parameters():
+            parameter.mul_(1 + 1e-6)
+    return compiled
+
+
+def test_a_small_difference_that_the_proof_has_missed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_recipe(FOLDABLE, Setting()) is None
+    monkeypatch.setattr(fuzzing, "compile", spoiled)
+    found = check_recipe(FOLDABLE, Setting())
+    assert found is not None and found.kind == "differs" and "of the output's scale on a batch of 2" in found.reason
+
+
+def test_a_source_model_that_has_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changing(model: nn.Module, inputs: Any, **options: Any) -> rgc.CompiledModule:
+        compiled = rgc.compile(model, inputs, **options)
+        next(model.parameters()).data.view(-1)[0] += 1
+        return compiled
+
+    monkeypatch.setattr(fuzzing, "compile", changing)
+    found = check_recipe(FOLDABLE, Setting())
+    assert found is not None and (found.kind, found.reason) == ("changed", "the source model")
+
+
+@pytest.mark.parametrize(("error", "kind"), [
+    (InputError("no such model"), None), (ZeroDivisionError("oh"), "raises ZeroDivisionError"),
+])  # fmt: skip
+def test_a_refusal_is_counted_and_any_other_error_is_a_fault(
+    error: Exception, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(fuzzing, "compile", failing)
+    tally = fuzzing.Tally()
+    found = check_recipe(FOLDABLE, Setting(), tally)
+    assert (found.kind if found else None) == kind
+    assert (tally.refused.total() == 1) == (kind is None)
+
+
+def test_a_fault_shows_as_a_program_with_the_way_of_compiling_and_the_reason() -> None:
+    program = fuzzing.Fault("differs", "by much", FOLDABLE, Setting("all,-collapse", "depth", double=False)).script
+    assert program.startswith("# differs: by much\n") and FOLDABLE.source in program
+    assert "passes='all,-collapse', objective='depth', strict=False" in program and "torch.float32" in program
+    compile(program, "<fault>", "exec")
+
+
+def test_the_tally_says_what_was_seen_and_what_was_not() -> None:
+    tally = fuzzing.Tally(examples=1)
+    assert check_recipe(FOLDABLE, Setting(), tally) is None
+    told = str(tally)
+    assert told.startswith("1 models: 1 equal, 0 refused, 0 unusable, 0 faults")
+    assert "fold_batchnorm 1" in told and "collapse" in tally.idle and "fold_batchnorm" not in tally.idle
+    assert {"Upsample", "Pad"} < set(tally.undrawn) and "Conv" not in tally.undrawn
