@@ -13,6 +13,7 @@ from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcE
 from rgc.explainer import explain
 from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
+from rgc.limits import Limits
 from rgc.measurement import Measurement, bench
 from rgc.operators import (
     Activation,
@@ -69,8 +70,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean", "Clamp",
-    "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather",
-    "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Linear", "MaxPool",
+    "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph",
+    "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Limits", "Linear", "MaxPool",
     "Measurement", "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad",
     "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite",
     "RgcError", "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value",

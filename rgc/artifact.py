@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from rgc.errors import InputError
-from rgc.onnx_artifact import PROTOBUF_LIMIT, OnnxModel, keeps_weights_beside, write_onnx
+from rgc.onnx_artifact import PROTOBUF_LIMIT, OnnxModel, weights_beside, write_onnx
 from rgc.pt2_artifact import read_pt2, write_pt2
 from rgc.python_artifact import MODEL_FILE, WEIGHTS_FILE, read_folder, write_folder
+from rgc.workshop import publish, workshop
 
 PathLike = str | os.PathLike[str]
 FORMATS = ("pt2", "onnx", "python")
@@ -58,27 +57,26 @@ def save(
     _refuse_unsafe_target(target, kind, protect)
     kwargs = dict(example_kwargs or {})
     try:
-        workshop = Path(tempfile.mkdtemp(prefix=".rgc-", dir=target.absolute().parent))
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}") from error
-    try:
-        draft = workshop / target.name
-        if kind == "python":
-            free_dimensions, notes = None, write_folder(module, draft)
-        elif kind == "pt2":
-            exported = write_pt2(module, draft, example_args, kwargs, free_sizes=free_sizes)
-            free_dimensions, notes = exported.free_dimensions, exported.notes
-        else:
-            exported = write_onnx(module, draft, example_args, kwargs, free_sizes=free_sizes, size_limit=size_limit)
-            free_dimensions, notes = exported.free_dimensions, exported.notes
-        if check is not None:
-            check(load(draft, trust=True, format=kind))
-        obsolete = kind == "onnx" and not _data_file(draft).exists() and keeps_weights_beside(target)
-        _publish(draft, target, workshop, [_data_file(target)] if obsolete else [])
+        with workshop(target.absolute().parent) as place:
+            draft = place / target.name
+            old_data = weights_beside(target) if kind == "onnx" else None
+            data_name = next(path.name for path in data_files(target) if path != old_data)
+            if kind == "python":
+                free_dimensions, notes = None, write_folder(module, draft)
+            elif kind == "pt2":
+                exported = write_pt2(module, draft, example_args, kwargs, free_sizes=free_sizes)
+                free_dimensions, notes = exported.free_dimensions, exported.notes
+            else:
+                exported = write_onnx(
+                    module, draft, example_args, kwargs,
+                    free_sizes=free_sizes, size_limit=size_limit, data_name=data_name,
+                )  # fmt: skip
+                free_dimensions, notes = exported.free_dimensions, exported.notes
+            if check is not None:
+                check(load(draft, trust=True, format=kind))
+            _publish(draft, target, old_data)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
     return Artifact(target, kind, free_dimensions, notes)
 
 
@@ -125,7 +123,7 @@ def choose_format(path: PathLike, format: str | None = None) -> str:
 
 def _refuse_unsafe_target(target: Path, kind: str, protect: Iterable[PathLike]) -> None:
     """Nothing but an earlier artifact may be overwritten, and never a file that the caller still needs."""
-    written = {target.resolve(), *([_data_file(target).resolve()] if kind == "onnx" else [])}
+    written = {target.resolve(), *(path.resolve() for path in data_files(target) if kind == "onnx")}
     for protected in (Path(entry).resolve() for entry in protect):
         if protected in written or (kind == "python" and target.resolve() in protected.parents):
             raise InputError(f"{target} would overwrite {protected}, which is an input; choose another path")
@@ -140,35 +138,21 @@ def _refuse_unsafe_target(target: Path, kind: str, protect: Iterable[PathLike]) 
         raise InputError(f"{target} holds other files ({min(strangers)}); choose a new or empty folder")
 
 
-def _publish(draft: Path, target: Path, workshop: Path, obsolete: list[Path]) -> None:
-    """Move the finished draft into place and ``obsolete`` away; on any error what was there before is back."""
-    pairs = [(draft, target)]
-    if _data_file(draft).exists():  # the weights first: without its model file the pair is not yet there
-        pairs.insert(0, (_data_file(draft), _data_file(target)))
-    if len(pairs) == 1 and draft.is_file() and not obsolete:
-        os.replace(draft, target)
-        return
-    set_aside: list[tuple[Path, Path]] = []
-    published: list[Path] = []
+def _publish(draft: Path, target: Path, old_data: Path | None) -> None:
+    """Let the draft appear; the weights of an ONNX model first, under a name that the old model does not use."""
+    new_data = [target.with_name(data.name) for data in data_files(draft) if data.exists()]
     try:
-        for place in [*(place for _, place in reversed(pairs)), *obsolete]:
-            if place.exists():
-                old = workshop / f"{place.name}.old"
-                set_aside.append((old, place))
-                os.replace(place, old)
-        for new, place in pairs:
-            published.append(place)
-            os.replace(new, place)
+        for data in new_data:
+            publish(draft.with_name(data.name), data)
+        publish(draft, target)
     except BaseException:
-        for place in published:
-            if place.exists():
-                os.replace(place, workshop / f"{place.name}.undone")
-        for old, place in set_aside:
-            if old.exists():
-                os.replace(old, place)
+        for data in new_data:
+            data.unlink(missing_ok=True)
         raise
+    if old_data is not None:
+        old_data.unlink(missing_ok=True)
 
 
-def _data_file(path: Path) -> Path:
-    """Where the weights of an ONNX model beyond protobuf's limit are."""
-    return path.with_name(path.name + ".data")
+def data_files(path: Path) -> tuple[Path, Path]:
+    """Where the weights of an ONNX model beyond protobuf's limit may be: a new pair must not share them with an old."""
+    return path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.data2")

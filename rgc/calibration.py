@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from rgc.errors import InputError
+from rgc.workshop import write_whole
 
 #: Of the file format; a file of another version is not read.
 VERSION = 1
@@ -96,10 +95,7 @@ class Calibration:
         """Write the file, whole or not at all; `InputError` where it cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".rgc-", dir=path.parent) as workshop:
-                draft = Path(workshop) / path.name
-                draft.write_text(self.to_json() + "\n")
-                os.replace(draft, path)
+            write_whole(path, self.to_json() + "\n")
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 

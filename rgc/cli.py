@@ -6,6 +6,7 @@ line on stderr. What a command needs is imported when it runs, so that help and 
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,8 +23,23 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def main() -> None:
-    """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    """The console script: `run`, and one line also for an interrupt that strikes where nothing could catch it."""
+    sys.unraisablehook = _interrupt_again
+    try:
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("rgc: interrupted\n")
+        status = INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, or undone: nothing is left to interrupt
+    sys.exit(status)
+
+
+def _interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
+    """An interrupt inside a finalizer or callback would be printed and forgotten: raise it again behind that."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from rgc.errors import InputError
 from rgc.loading import load_model
 from rgc.pt2_inspection import reason_to_distrust
 from rgc.saving import save
+from rgc.workshop import publish, workshop, write_whole
 
 
 def load_original(source: str, arch: str | None, trust: bool) -> nn.Module:
@@ -47,10 +46,7 @@ def load_compiled(source: str, trust: bool) -> nn.Module:
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all; `InputError` where it cannot be written."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".rgc-", dir=path.absolute().parent) as workshop:
-            draft = Path(workshop) / path.name
-            draft.write_text(text)
-            os.replace(draft, path)
+        write_whole(path, text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -62,11 +58,11 @@ def write(compiled: CompiledModule, destination: Destination, source: str) -> Ar
     if report is None:
         return save(compiled, destination.artifact, format=destination.format, protect=protect)
     try:
-        with tempfile.TemporaryDirectory(prefix=".rgc-", dir=report.absolute().parent) as workshop:
-            draft = Path(workshop) / report.name
+        with workshop(report.absolute().parent) as place:
+            draft = place / report.name
             draft.write_text(compiled.report.to_json() + "\n")
             written = save(compiled, destination.artifact, format=destination.format, protect=protect)
-            os.replace(draft, report)
+            publish(draft, report)
     except OSError as error:
         raise InputError(f"cannot write {report}: {error.strerror or error}") from error
     return written

@@ -110,7 +110,9 @@ def print_written(out: Console, artifact: Artifact) -> None:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, of the weights that an ONNX file keeps beside it, or of everything in a folder."""
-    parts = path.rglob("*") if path.is_dir() else (path, path.with_name(path.name + ".data"))
+    from rgc.artifact import data_files  # the exporters take seconds to import
+
+    parts = path.rglob("*") if path.is_dir() else (path, *data_files(path))
     return sum(part.stat().st_size for part in parts if part.is_file())
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
@@ -28,6 +29,7 @@ from rgc.example import (
 )
 from rgc.frontend import TIERS, Capture, capture
 from rgc.ir import Graph
+from rgc.limits import Limits
 from rgc.passbook import resolve
 from rgc.precision import ReadOnlyModel
 from rgc.proof import TOLERANCE
@@ -102,6 +104,7 @@ class Options:
     dtype: torch.dtype | None = None
     verify: Level = "quick"
     strict: bool = False
+    limits: Limits = field(default_factory=Limits)
     fixed_size: bool | None = None  # may passes rely on the example's size? None: as their names say
 
 
@@ -145,6 +148,7 @@ def compile(
     dtype: torch.dtype | None = None,
     verify: Level = "quick",
     strict: bool = False,
+    limits: Limits | None = None,
 ) -> CompiledModule:
     """Merge what is linear in ``model`` and prove the result equal; the model itself is never changed.
 
@@ -158,6 +162,7 @@ def compile(
     dtype: the dtype of the result, by default the model's own.
     verify: "quick" or "full", how many inputs are drawn for the proof.
     strict: stop at the first rewrite whose check fails, instead of undoing it.
+    limits: how large a model, a kernel and a weight may be, and for how long rewrites are tried.
 
     Raises `InputError` for what cannot be used and `NotEquivalentError` where no equal result was reached.
 
@@ -173,7 +178,7 @@ def compile(
         raise InputError("a TorchScript module cannot be traced; compile the eager model that it was made from")
     if objective not in OBJECTIVES:
         raise InputError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    options = Options(passes, objective, target, dtype, require_level(verify), strict)
+    options = Options(passes, objective, target, dtype, require_level(verify), strict, limits or Limits())
     require_eval(model)
     return compile_with(model, example_of(model, example_inputs), options)
 
@@ -201,21 +206,27 @@ def trace(
     passes: str | Sequence[Any] = (),
     objective: Objective = "latency",
     target: str | None = None,
+    limits: Limits | None = None,
 ) -> Trace:
     """The graph of ``model`` with module paths and source lines, after ``passes``; arguments as in `compile`.
 
     Every firing is proved, the model as a whole is not: use `compile` for a result to run.
     """
+    limits = limits or Limits()
     require_eval(model)
+    limits.require_size(model, type(model).__name__)
     example = example_of(model, example_inputs)
     dtype = floating_dtype(model, example)
+    require_definite(model, example)
     subject = _Subject.of(model, example.cast(dtype), dtype)
     chosen, fixed = resolve(passes) if passes else ((), False)
     captured = capture(
         subject.proof_model, subject.proof_example, subject.expected, dtype,
         fixed=fixed, tolerance=subject.tolerance, compile_child=_no_child,
     )  # fmt: skip
-    graph, record = _rewritten(subject, captured, chosen, Policy(objective, target_named(target, dtype)))
+    _require_nodes(captured, limits)
+    policy = Policy(objective, target_named(target, dtype), limits=limits)
+    graph, record = _rewritten(subject, captured, chosen, policy)
     refusals = record.refused(graph)
     return Trace(graph, captured.tier, captured.notes, record.firings, refusals, captured.graph, record)
 
@@ -228,6 +239,38 @@ def require_eval(model: nn.Module) -> None:
             raise InputError(f"the {which} ({type(module).__name__}) is in training mode; call model.eval() first")
 
 
+def require_definite(model: nn.Module, example: Example) -> None:
+    """Refuse weights and examples on which no proof can stand: NaN and infinite weights by name, empty examples.
+
+    Infinite buffers may stay: a mask adds them where a softmax turns them into zeros.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+            continue  # without values, or of a kind that PyTorch cannot ask this
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        is_weight = isinstance(tensor, nn.Parameter)
+        bad = ~tensor.detach().isfinite() if is_weight else tensor.detach().isnan()
+        if bool(bad.any()):
+            what = "parameter" if is_weight else "buffer"
+            first = tensor.detach()[bad][0].item()
+            raise InputError(
+                f"the {what} {name!r} holds {first} ({int(bad.sum()):,} of {tensor.numel():,} elements): what computes "
+                "with that is equal to nothing, so no result could be proved; repair the weights first"
+            )
+    empty = next((tensor for tensor in example.tensors if not tensor.numel()), None)
+    if empty is not None:
+        size = "x".join(map(str, empty.shape))
+        raise InputError(f"the example has an input without elements ({size}), which proves nothing; give it a batch")
+
+
+def _require_nodes(captured: Capture, limits: Limits) -> None:
+    if len(captured.graph) > limits.nodes:
+        raise InputError(
+            f"the graph has {len(captured.graph):,} operations; at most {limits.nodes:,} are taken (--limit nodes=)"
+        )
+
+
 def example_of(model: nn.Module, given: Any) -> Example:
     """The example call: what was given, or what the model itself suggests."""
     if given is None:
@@ -236,7 +279,11 @@ def example_of(model: nn.Module, given: Any) -> Example:
             raise InputError(
                 f"{type(model).__name__} suggests no example_inputs(); pass an example (--input 1x3x224x224)"
             )
-        given = suggest()
+        try:
+            given = suggest()
+        except Exception as error:  # it is the model's own code, which may raise anything
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise InputError(f"example_inputs() of {type(model).__name__} raised {reason}; pass an example") from error
     if isinstance(given, Example):
         return given
     if isinstance(given, dict):
@@ -268,7 +315,12 @@ def compile_with(model: nn.Module, example: Example, options: Options) -> Compil
     own_dtype = floating_dtype(model, example)
     dtype = options.dtype or own_dtype
     example = example.cast(own_dtype)
-    policy = Policy(options.objective, target_named(options.target, dtype))
+    options.limits.require_size(model, type(model).__name__)
+    require_definite(model, example)
+    policy = Policy(
+        options.objective, target_named(options.target, dtype),
+        limits=options.limits, deadline=started + options.limits.seconds,
+    )  # fmt: skip
     with unchanged_generators():
         subject = _Subject.of(model, example, own_dtype)
         captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
@@ -360,6 +412,7 @@ def _captured_and_proved(
             subject.proof_model, subject.proof_example, subject.expected, dtype,
             fixed=fixed, compile_child=compile_child, tolerance=subject.tolerance, tiers=tiers,
         )  # fmt: skip
+        _require_nodes(captured, options.limits)
         captured = replace(captured, notes=notes + captured.notes)
         try:
             attempt = _prove(subject, captured, passes, policy, dtype, options)
@@ -517,7 +570,8 @@ def _report(
 ) -> Report:  # fmt: skip
     before = [captured.graph, *(child.before for child in children.values())]
     after = [attempt.graph, *(child.after for child in children.values())]
-    record = Record(list(attempt.record.firings), list(attempt.failures))
+    is_cut = attempt.record.cut_short or any(child.record.cut_short for child in children.values())
+    record = Record(list(attempt.record.firings), list(attempt.failures), cut_short=is_cut)
     refusals = attempt.record.refused(attempt.graph)
     for path, child in children.items():
         record.firings += [replace(each, where=f"{path}.{each.where}") for each in child.record.firings]
@@ -542,9 +596,16 @@ def _report(
         macs_after=sum(macs(value) for graph in after for value in graph.nodes()),
         fixed_size=captured.fixed_size or not _holds_at_any_size(attempt.graph),
         verification=attempt.verification,
-        notes=[*subject.notes, *captured.notes],
+        notes=[*subject.notes, *captured.notes, *_cut_short(record, policy, started)],
         seconds=time.perf_counter() - started,
     )
+
+
+def _cut_short(record: Record, policy: Policy, started: float) -> list[str]:
+    if not record.cut_short:
+        return []
+    allowed = policy.deadline - started
+    return [f"stopped rewriting after {allowed:,.0f} s, so more may merge (--limit seconds=); what is done is proved"]
 
 
 def _elements(model: nn.Module) -> int:

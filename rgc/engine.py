@@ -8,6 +8,7 @@ reaches the graph, and is reported; so is a rewrite that raises.
 from __future__ import annotations
 
 import math
+import time
 import traceback
 import weakref
 from collections import Counter, OrderedDict, deque
@@ -20,6 +21,7 @@ from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost, macs
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
+from rgc.limits import Limits, human_bytes
 from rgc.partition import parts_that_pay
 from rgc.planner import Planner
 from rgc.precision import in_float64
@@ -35,12 +37,17 @@ MOST_FIRINGS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Policy:
-    """What the engine may do: the objective and machine that decide what pays, what is banned, and how far to go."""
+    """What the engine may do: the objective and machine that decide what pays, what is banned, and how far to go.
+
+    ``deadline`` is a time of `time.perf_counter` after which nothing more is tried.
+    """
 
     objective: Objective = "latency"
     target: Target = CPU
     banned: frozenset[tuple[str, str]] = frozenset()
     limit: int | None = None  # stop after so many firings
+    limits: Limits = field(default_factory=Limits)
+    deadline: float = math.inf
 
 
 #: What two neighbours are joined with instead of each other, both sides with themselves.
@@ -56,6 +63,7 @@ class Record:
     refusals: dict[tuple[str, Value | None], str] = field(default_factory=dict)  # None: the whole model
     broken: set[tuple[str, Value | None]] = field(default_factory=set)  # failed once, not tried there again
     planned: dict[tuple[Value, Value], Segments] = field(default_factory=dict)  # of neighbours left apart for others
+    cut_short: bool = False  # the time was up before all was tried
 
     def refused(self, graph: Graph) -> list[Refused]:
         """The refusals that still stand: those at values that the graph still holds."""
@@ -250,6 +258,7 @@ class _Worklist:
         new = match.embed(replacement)
         added = topological([new], known=self.graph.__contains__)
         dying = _dying(self.graph, match)
+        _require_within(self.policy.limits, match.interior, added)
         if not case.weighed:
             _require_no_copies(match, dying)
         elif not self._is_planned(case, match):
@@ -330,6 +339,7 @@ def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
             for match in case.match(value):
                 try:
                     new = build(rewrite, case, match)
+                    _require_within(policy.limits, match.interior, [new])
                 except (Refusal, GraphError):
                     continue
                 if new.inputs == value.inputs[0].inputs and new.type == value.type:
@@ -396,6 +406,33 @@ def _told_apart(a: float, b: float) -> tuple[str, str]:
     """
     pairs = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in range(3, 17))
     return next((pair for pair in pairs if pair[0] != pair[1]), (repr(a), repr(b)))
+
+
+def _require_within(limits: Limits, before: Sequence[Value], added: Sequence[Value]) -> None:
+    """Refuse a merged layer beyond the limits, before its weight is computed; what was there already may stay so."""
+    widest, largest = (max(map(size, before), default=0) for size in (_taps, _weight_bytes))
+    for value in added:
+        taps, weight = _taps(value), _weight_bytes(value)
+        require(
+            taps <= max(limits.kernel, widest),
+            f"the merged kernel would have {taps} taps along an axis; at most {limits.kernel} are made (kernel limit)",
+        )
+        require(
+            weight <= max(limits.memory, largest),
+            f"the merged weight would take {human_bytes(weight)}; at most {limits.in_words} are used (memory limit)",
+        )
+
+
+def _taps(value: Value) -> int:
+    """Taps of a kernel along its longest axis; none of one that is a matrix of the whole input."""
+    if not isinstance(value.op, Conv) or value.op.kernel == value.op.size:
+        return 0
+    return max(value.op.kernel, default=0)
+
+
+def _weight_bytes(value: Value) -> int:
+    """In float64, in which weights are merged."""
+    return 8 * math.prod(value.op.shape) if isinstance(value.op, Conv) else 0
 
 
 def _require_same_type(rewrite: Rewrite, root: Value, new: Value) -> None:
@@ -530,6 +567,9 @@ def _state(graph: Graph) -> tuple[list[tuple[Value, Operator, tuple[Value, ...]]
 
 
 def _exhausted(policy: Policy, record: Record) -> bool:
+    if time.perf_counter() > policy.deadline:
+        record.cut_short = True
+        return True
     return policy.limit is not None and len(record.firings) >= policy.limit
 
 

@@ -263,7 +263,8 @@ def _minimum(lifter: Lifting, x: Any, y: Any) -> Value | None:
 
 
 def _power(lifter: Lifting, x: Any, exponent: Any) -> Value | None:
-    square = not isinstance(exponent, Value) and _number(exponent) == 2
+    is_one = not isinstance(exponent, Value) and not (isinstance(exponent, Tensor) and exponent.dim())
+    square = is_one and _number(exponent) == 2
     return elementwise("square")(lifter, x) if square else None
 
 
@@ -350,7 +351,8 @@ def _product(lifter: Lifting, x: Any, y: Any) -> Any:
 
 
 def _divide(lifter: Lifting, x: Any, y: Any, rounding_mode: str | None = None) -> Value | None:
-    if isinstance(y, Value) or rounding_mode is not None or isinstance(y, bool):
+    is_number = isinstance(y, int | float) and not isinstance(y, bool)
+    if rounding_mode is not None or not (isinstance(y, Tensor) or (is_number and y != 0)):
         return None
     return multiply(lifter, x, 1.0 / (y.double() if isinstance(y, Tensor) else y))
 

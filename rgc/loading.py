@@ -20,8 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rgc.archive import fault_of_archive
 from rgc.errors import InputError
+from rgc.limits import Limits, human_bytes
 from rgc.safe_pickle import judge
+from rgc.soundness import require_sound
 
 _ZOO = "zoo:"
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -49,22 +52,24 @@ _UNREADABLE = (
 )
 
 
-def load_model(source: str, *, arch: str | None = None, trust: bool = False) -> nn.Module:
+def load_model(source: str, *, arch: str | None = None, trust: bool = False, limits: Limits | None = None) -> nn.Module:
     """Load a model from the zoo, a pickled module, a checkpoint or, if trusted, an exported program; onto the CPU.
 
     ``source`` is ``zoo:NAME`` or a path. A checkpoint (state dict, also ``.safetensors``) needs ``arch``, the
     ``package.module:factory`` that makes its model when called without arguments; that model comes back in eval form.
-    Other models come back as they were saved. Nothing that a file carries is run unless ``trust`` is set. Raises
-    ``InputError``, one line, if the source cannot be used.
+    Other models come back as they were saved. Nothing that a file carries is run unless ``trust`` is set, and nothing
+    is unpacked that is larger than ``limits`` allow. Raises ``InputError``, one line, if the source cannot be used.
     """
+    limits = limits or Limits()
     if source.startswith(_ZOO):
         return _from_zoo(source, arch)
     path = Path(source)
     _require_file(path)
-    contents = _unwrap(_contents(path, trust))
+    contents = _unwrap(_contents(path, trust, limits))
     if isinstance(contents, nn.Module):
         if arch is not None:
             raise InputError(f"{path}: holds a whole {type(contents).__name__}, not a state dict: leave --arch out")
+        require_sound(str(path), contents, limits)
         return contents
     state = _state_dict(path, contents)
     if arch is None:
@@ -94,15 +99,18 @@ def _require_file(path: Path) -> None:
         raise InputError(f"{path}: is empty; save the model again")
 
 
-def _contents(path: Path, trust: bool) -> object:
+def _contents(path: Path, trust: bool, limits: Limits) -> object:
     """What the file holds, by its own bytes rather than by what its name promises."""
+    size = path.stat().st_size
+    if size > limits.memory:
+        raise InputError(f"{path}: is of {human_bytes(size)}; at most {limits.in_words} are read (--limit memory=)")
     try:
         with path.open("rb") as file:
             start = file.read(64)
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
             if zipfile.is_zipfile(file):
-                return _archive(path, file, trust)
+                return _archive(path, file, trust, limits)
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: is not a readable safetensors file ({_one_line(error)})") from error
     except OSError as error:
@@ -121,23 +129,23 @@ def _contents(path: Path, trust: bool) -> object:
     raise InputError(f"{path}: is not a model that rgc reads; save it with torch.save or as .safetensors")
 
 
-def _archive(path: Path, file: BinaryIO, trust: bool) -> object:
-    kind = _kind_of_archive(path, file)
+def _archive(path: Path, file: BinaryIO, trust: bool, limits: Limits) -> object:
+    kind = _kind_of_archive(path, file, limits)
     file.seek(0)
     if kind == "exported program":
         return _load_exported(path, file, trust)
     return _load_trusted(path, file) if trust else _load_checked(path, file)
 
 
-def _kind_of_archive(path: Path, file: BinaryIO) -> str:
+def _kind_of_archive(path: Path, file: BinaryIO, limits: Limits) -> str:
     try:
+        fault = fault_of_archive(file, limits.memory)
         with zipfile.ZipFile(file) as archive:
             members = archive.namelist()
-            damaged = archive.testzip()
     except _UNREADABLE as error:
         raise InputError(f"{path}: is damaged ({_one_line(error)}); copy or save it again") from error
-    if damaged is not None:
-        raise InputError(f"{path}: is damaged: {damaged!r} fails its checksum; copy or save it again")
+    if fault is not None:
+        raise InputError(f"{path}: {fault}")
     files = {member.rpartition("/")[2] for member in members}
     if "archive_format" in files or "serialized_exported_program.json" in files:
         return "exported program"

@@ -33,12 +33,13 @@ def write_onnx(
     *,
     free_sizes: bool,
     size_limit: int = PROTOBUF_LIMIT,
+    data_name: str = "",
 ) -> FreeProgram:
     """Write ``module`` as ONNX: inputs named as in ``forward``, outputs ``output``, ``output_0``... or dictionary keys.
 
-    Weights beyond ``size_limit`` bytes go to ``<path>.data`` beside the file. The model is simplified by onnxsim; where
-    that fails or changes a result, the unsimplified model is written and the result's notes say so.
-    Raises InputError if torch.onnx cannot express the model or onnxruntime cannot load it.
+    Weights beyond ``size_limit`` bytes go beside the file, to ``data_name`` (by default ``<path>.data``). The model is
+    simplified by onnxsim; where that fails or changes a result, the unsimplified model is written and the result's
+    notes say so. Raises InputError if torch.onnx cannot express the model or onnxruntime cannot load it.
     """
     import onnx
 
@@ -59,7 +60,7 @@ def write_onnx(
     model.producer_name = "rgc"
     model.producer_version = ""
     if is_large:
-        data = path.name + ".data"
+        data = data_name or f"{path.name}.data"
         # onnxruntime wants shapes and axes, a few integers each, inside the model itself.
         onnx.save_model(model, path, save_as_external_data=True, location=data, size_threshold=256)
     else:
@@ -125,19 +126,20 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
             kinds.NotImplemented, kinds.RuntimeException)  # fmt: skip
 
 
-def keeps_weights_beside(path: Path) -> bool:
-    """Whether ``path`` is an ONNX file whose weights are in ``<path>.data``."""
+def weights_beside(path: Path) -> Path | None:
+    """The file in the same folder that holds the weights of the ONNX file ``path``; None where there is none."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]  # it ships no types
 
     if not path.is_file():
-        return False
+        return None
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
-        return False
+        return None
     entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
-    return any(entry.key == "location" and entry.value == path.name + ".data" for entry in entries)
+    names = {entry.value for entry in entries if entry.key == "location"}
+    return next((path.with_name(name) for name in sorted(names) if name.startswith(f"{path.name}.data")), None)
 
 
 def _convert(program: ExportedProgram) -> onnx.ModelProto:

@@ -26,8 +26,11 @@ def write_pt2(
 ) -> FreeProgram:
     """Write ``module`` as a torch.export archive; the result says which input dimensions stayed free."""
     exported = export_program(module, example_args, example_kwargs, free_sizes=free_sizes)
+    # Into memory first: on a full disk torch's own writer does not raise, it ends the process.
+    archive = io.BytesIO()
     with quiet_export():
-        torch.export.save(exported.program, path)
+        torch.export.save(exported.program, archive)
+    path.write_bytes(archive.getbuffer())
     return exported
 
 

@@ -104,14 +104,14 @@ def write_folder(module: nn.Module, path: Path) -> tuple[str, ...]:
     The names in ``state_dict()``, the dtypes and the sharing of parameters stay as they are in ``module``.
     Raises InputError, naming it, for a layer or function that is not torch's own.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if not isinstance(module, fx.GraphModule):
         raise InputError(f"only a compiled model can be written as Python; got {type(module).__name__}")
     source, weights = _source_and_weights(module)
     path.mkdir()
     (path / MODEL_FILE).write_text(source, encoding="utf-8")
-    save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    (path / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))
     return ()
 
 

@@ -31,7 +31,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("rgc", "passes", "models"):
         shutil.copytree(REPOSITORY / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "rgc_command.py", "README.md", "LICENSE", "CHANGELOG.md"):
         if (REPOSITORY / name).exists():
             shutil.copy(REPOSITORY / name, copy / name)
     return copy
@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_exactly_once(wheel: Path) -> None:
     names = names_in_wheel(wheel)
     assert len(names) == len(set(names))
     code = {name for name in names if ".dist-info/" not in name}
-    expected = {f"rgc/{name}" for name in python_sources("rgc")} | {"rgc/py.typed"}
+    expected = {f"rgc/{name}" for name in python_sources("rgc")} | {"rgc/py.typed", "rgc_command.py"}
     expected |= {f"rgc/passes/{name}" for name in python_sources("passes")}
     expected |= {f"rgc/models/{name}" for name in python_sources("models")}
     assert code == expected
@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_licence_and_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         [entry_points] = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
-        assert b"rgc = rgc.cli:main" in archive.read(entry_points)
+        assert b"rgc = rgc_command:main" in archive.read(entry_points)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
