@@ -151,16 +151,19 @@ class _Worklist:
         """Whole maximal regions come last, when nothing local fires any more; True if one fired."""
         for region in affine_regions(self.graph) if self.regional else []:
             for rewrite, case in self.regional:
-                match = case.match_region(region)
-                if match is not None and self._try_all(rewrite, region.sink, iter([match]), case):
+                matches = filter(None, map(case.match_region, [region]))
+                if self._try_all(rewrite, region.sink, matches, case):
                     return True
         return False
 
     def _try_all(self, rewrite: Rewrite, root: Value, matches: Iterator[Match], case: Case) -> bool:
         if (rewrite.name, root.where) in self.policy.banned or (rewrite.name, root) in self.record.broken:
             return False
-        for match in matches:
+        while True:
             try:
+                match = next(matches, None)  # which may ask a predicate of the rewrite
+                if match is None:
+                    return False
                 self._fire(rewrite, case, match)
             except Refusal as refusal:
                 self.record.refusals.setdefault((rewrite.name, root), refusal.reason)
@@ -170,7 +173,6 @@ class _Worklist:
             else:
                 self.record.require_progress(self.allowance)
                 return True
-        return False
 
     def _fire(self, rewrite: Rewrite, case: Case, match: Match) -> None:
         root = match.root
@@ -241,7 +243,7 @@ def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
         for rewrite, case in pairs:
             if (rewrite.name, value.where) in policy.banned:
                 continue
-            for match in case.match(value):
+            for match in _matches(case, value):
                 try:
                     new = build(rewrite, case, match)
                 except (Refusal, GraphError):
@@ -251,6 +253,14 @@ def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
         return None
 
     return Planner(merged, lambda value: cost([value], policy.objective, policy.target))
+
+
+def _matches(case: Case, value: Value) -> Iterator[Match]:
+    """The matches of a case, up to where a predicate of it raises: that is reported where the rewrite is tried."""
+    try:
+        yield from case.match(value)
+    except (GraphError, Refusal):
+        return
 
 
 def joined_by_plan(segments: Segments | None, first: Value, second: Value) -> bool:
