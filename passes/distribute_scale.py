@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgc import (
     BatchNorm,
@@ -202,3 +202,57 @@ def _runs_along(probe: Tensor, axis: int, channels: Tensor) -> bool:
     repeats = [stride == 0 and at != axis for at, stride in enumerate(probe.stride())]
     probe = probe[tuple(slice(0, 1) if each else slice(None) for each in repeats)]
     return torch.allclose(probe, _along(channels, axis, probe.shape), rtol=1e-12, atol=0)
+
+
+class _Readers(nn.Module):
+    """A norm that two layers read, or the layers and what ``also`` makes of it."""
+
+    def __init__(self, also: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.also = nn.BatchNorm2d(4), also
+        self.first, self.second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.sigmoid(x))
+        z = torch.relu(self.first(y)) + torch.tanh(self.second(y))
+        return z if self.also is None else z + self.also(y)[:, :, 1:-1, 1:-1]
+
+
+@distribute_scale.fires_on(shape=(2, 4, 7, 6))
+def norm_that_two_convolutions_read() -> nn.Module:
+    return _Readers().eval()
+
+
+class _Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(torch.sigmoid(x)).flatten(2).transpose(1, 2))
+        return y
+
+
+@distribute_scale.fires_on(shape=(2, 4, 6, 5))
+def norm_before_tokens() -> nn.Module:
+    return _Tokens().eval()
+
+
+class _Columns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x).transpose(1, 2))
+        return torch.relu(y)
+
+
+@distribute_scale.fires_on(shape=(2, 5, 4))
+def norm_behind_a_transposition_of_a_linear_layer() -> nn.Module:
+    return _Columns().eval()
+
+
+@distribute_scale.leaves_alone(shape=(2, 4, 7, 6), because="is not linear")
+def norm_that_an_activation_reads_as_well() -> nn.Module:
+    return _Readers(nn.ReLU()).eval()

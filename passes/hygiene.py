@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rgc import Activation, Clamp, Conv, Graph, Operator, Rearrangement, Scale, Structural, Value, graph_pass
 
@@ -32,3 +33,25 @@ def _key(op: Operator) -> Hashable:
     if isinstance(op, Structural) and not op.tensors():
         return type(op), str(op.target), repr(op.args), repr(op.kwargs)
     return id(op)
+
+
+class _Twice(nn.Module):
+    """One layer is called twice on one value."""
+
+    def __init__(self, second: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = self.first if second is None else second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.first(x)) * torch.tanh(self.second(x))
+
+
+@hygiene.fires_on(shape=(2, 3, 7, 6))
+def layer_that_is_called_twice() -> nn.Module:
+    return _Twice().eval()
+
+
+@hygiene.leaves_alone(shape=(2, 3, 7, 6), because="")
+def layers_of_one_form_with_weights_of_their_own() -> nn.Module:
+    return _Twice(nn.Conv2d(3, 4, 3)).eval()

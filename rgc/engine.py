@@ -190,10 +190,10 @@ class _Worklist:
 
     def _rewrite_part(self, part: Region) -> bool:
         for rewrite, case in self._by_price(part):
-            match = case.match_region(part)
-            if match is None or _exhausted(self.policy, self.record):
-                continue
-            if self._try_all(rewrite, part.sink, iter([match]), case, may_copy=True):
+            matches = filter(None, map(case.match_region, [part]))
+            if _exhausted(self.policy, self.record):
+                return False
+            if self._try_all(rewrite, part.sink, matches, case, may_copy=True):
                 return True
         return False
 
@@ -213,10 +213,12 @@ class _Worklist:
 
     def _price_by(self, part: Region, rewrite: Rewrite, case: Case) -> float | None:
         """What ``rewrite`` would make of ``part`` costs, before any number of it is computed."""
-        match = case.match_region(replace(part, outlined=True))
-        if match is None or self._is_barred(rewrite, part.sink):
+        if self._is_barred(rewrite, part.sink):
             return None
         try:
+            match = case.match_region(replace(part, outlined=True))
+            if match is None:
+                return None
             new = build(rewrite, case, match)
         except (Refusal, GraphError):
             return None
@@ -232,11 +234,14 @@ class _Worklist:
     def _try_all(self, rewrite: Rewrite, root: Value, matches: Iterator[Match], case: Case, may_copy: bool) -> bool:
         if self._is_barred(rewrite, root):
             return False
-        for match in matches:
-            if not may_copy and len(_dying(self.graph, match)) < len(match.interior):
-                self.copying[weakref.ref(root)] = None
-                continue
+        while True:
             try:
+                match = next(matches, None)  # which may ask a predicate of the rewrite
+                if match is None:
+                    return False
+                if not may_copy and len(_dying(self.graph, match)) < len(match.interior):
+                    self.copying[weakref.ref(root)] = None
+                    continue
                 self._fire(rewrite, case, match)
             except Refusal as refusal:
                 self.record.refusals.setdefault((rewrite.name, root), refusal.reason)
@@ -246,7 +251,6 @@ class _Worklist:
             else:
                 self.record.require_progress(self.allowance)
                 return True
-        return False
 
     def _is_barred(self, rewrite: Rewrite, root: Value) -> bool:
         return (rewrite.name, root.where) in self.policy.banned or (rewrite.name, root) in self.record.broken
@@ -336,7 +340,7 @@ def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
         for rewrite, case in pairs:
             if (rewrite.name, value.where) in policy.banned:
                 continue
-            for match in case.match(value):
+            for match in _matches(case, value):
                 try:
                     new = build(rewrite, case, match)
                     _require_within(policy.limits, match.interior, [new])
@@ -347,6 +351,14 @@ def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
         return None
 
     return Planner(merged, lambda value: cost([value], policy.objective, policy.target))
+
+
+def _matches(case: Case, value: Value) -> Iterator[Match]:
+    """The matches of a case, up to where a predicate of it raises: that is reported where the rewrite is tried."""
+    try:
+        yield from case.match(value)
+    except (GraphError, Refusal):
+        return
 
 
 def joined_by_plan(segments: Segments | None, first: Value, second: Value) -> bool:

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from torch import nn
 
-from rgc.errors import GraphError
+from rgc.errors import GraphError, RgcError
 from rgc.ir import Graph, Operator, Value
 from rgc.operators import Add, Multiply
 from rgc.region import PartialJoin, Region
@@ -152,7 +152,7 @@ class Case:
         if kind is None or type(region) is not kind:
             return None
         assert isinstance(self.pattern, Applied) and isinstance(self.pattern.arguments[0], Hole)
-        if not all(holds(region) for holds in self.holes[self.pattern.operator][1]):
+        if not _satisfies(region, self.holes[self.pattern.operator][1]):
             return None
         source = self.pattern.arguments[0].name
         return Match({source: region.source}, {self.pattern.operator: region}, region.values[::-1])
@@ -203,23 +203,13 @@ class Rewrite:
         self, shape: tuple[int, ...], *, fixed_size: bool = False
     ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
         """The decorated factory makes a model on which the rewrite fires; ``fixed_size`` as under --passes all."""
-
-        def attach(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-            self.examples.append(Example(build, shape, fires=True, fixed_size=fixed_size))
-            return build
-
-        return attach
+        return _attaching(self.examples, shape, fires=True, fixed_size=fixed_size)
 
     def leaves_alone(
         self, shape: tuple[int, ...], because: str, *, fixed_size: bool = False
     ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
         """The decorated factory makes a model that the rewrite refuses, with ``because`` in the reason."""
-
-        def attach(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-            self.examples.append(Example(build, shape, fires=False, because=because, fixed_size=fixed_size))
-            return build
-
-        return attach
+        return _attaching(self.examples, shape, fires=False, because=because, fixed_size=fixed_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +219,27 @@ class GraphPass:
     name: str
     statement: str
     run: Callable[[Graph], Graph]
+    examples: list[Example] = field(default_factory=list)
+
+    def fires_on(
+        self, shape: tuple[int, ...], *, fixed_size: bool = False
+    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+        """The decorated factory makes a model that the pass changes, as `Rewrite.fires_on`."""
+        return _attaching(self.examples, shape, fires=True, fixed_size=fixed_size)
+
+    def leaves_alone(
+        self, shape: tuple[int, ...], because: str, *, fixed_size: bool = False
+    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+        """The decorated factory makes a model that the pass leaves as it is, as `Rewrite.leaves_alone`."""
+        return _attaching(self.examples, shape, fires=False, because=because, fixed_size=fixed_size)
+
+
+def _attaching(examples: list[Example], shape: tuple[int, ...], **how: Any) -> Callable[[Any], Any]:
+    def attach(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        examples.append(Example(build, shape, **how))
+        return build
+
+    return attach
 
 
 Pass = Rewrite | GraphPass
@@ -364,10 +375,23 @@ def _hole_type(hint: Any) -> tuple[Any, tuple[Predicate, ...]]:
     return hint, ()
 
 
+def _satisfies(found: Any, predicates: tuple[Predicate, ...]) -> bool:
+    """Do all predicates hold? One that raises is a fault of the rewrite: a `GraphError` that names it."""
+    for holds in predicates:
+        try:
+            if not holds(found):
+                return False
+        except RgcError:
+            raise
+        except Exception as error:  # a predicate is its author's code and may raise anything: reported, the model kept
+            raise GraphError(f"its predicate {holds.__name__} raised {type(error).__name__}: {error}") from error
+    return True
+
+
 def _match(term: Term, value: Value, match: Match, holes: dict[str, Any]) -> Iterator[Match]:
     if isinstance(term, Hole):
         bound = match.values.get(term.name)
-        if bound is None and all(holds(value) for holds in holes[term.name][1]):
+        if bound is None and _satisfies(value, holes[term.name][1]):
             yield replace(match, values={**match.values, term.name: value})
         elif bound is value:
             yield match
@@ -377,7 +401,7 @@ def _match(term: Term, value: Value, match: Match, holes: dict[str, Any]) -> Ite
         op, (kind, predicates) = value.op, holes[term.operator]
         if not isinstance(op, kind) or len(value.inputs) != len(term.arguments):
             return
-        if match.operators.get(term.operator, op) is not op or not all(holds(op) for holds in predicates):
+        if match.operators.get(term.operator, op) is not op or not _satisfies(op, predicates):
             return
         bound_here = replace(inside, operators={**inside.operators, term.operator: op})
         yield from _match_all(term.arguments, value.inputs, bound_here, holes)

@@ -584,3 +584,17 @@ def test_absorbing_and_dropping_leave_no_layer_that_does_nothing() -> None:
     x = source()
     graph, _ = apply(Graph([x], Identity()(Add()(x, Identity()(x)))), [drop_identity, absorb_residual], Policy())
     assert not any(isinstance(value.op, Identity) for value in graph.nodes())
+
+
+def test_a_predicate_that_raises_is_reported_and_the_model_is_kept() -> None:
+    def is_easy(op: Conv) -> bool:
+        raise KeyError("easy")
+
+    @rewrite(lambda x, conv: conv(x))
+    def nosy(x: Value, conv: Annotated[Conv, is_easy]) -> Value:
+        return x
+
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    report = rgc.compile(model, torch.randn(1, 3, 8, 8), passes=["default", nosy], objective="depth").report
+    assert "its predicate is_easy raised KeyError: 'easy'" in [each.reason for each in report.failures]
+    assert [each.rewrite for each in report.rewrites] == ["fold_batchnorm"]
