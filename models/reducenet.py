@@ -66,9 +66,9 @@ class ReduceNet(nn.Module):
     layer, padded anew for the next, is not what one larger convolution would give. So with "stage" the stem pads the
     image, each stage pads its input once, by what all of its convolutions need (n, and 2n - 1 with stride 2), and the
     convolutions pad nothing; with "network" the image is padded once, by 7n - 2. Shortcuts are cropped to match. Every
-    stage, or with "network" the whole backbone, is then one convolution when its activations have decayed. The stages
-    of one mode have other border values than those of another, the same output size at every input size (the sizes
-    inside a stage or network are larger), and the same parameters under the same names.
+    stage, or with "network" the whole backbone, is then one convolution when its activations have decayed. The modes
+    differ in the values at the border; parameters have the same names in all of them. So do the outputs of the stem
+    and of each stage have the same size ("network": the output of the last stage), at every size of the image.
 
     Raises ``InputError`` for a depth that is not ``6n + 2``, an expansion below 1, the wrong number of decays, or
     another padding.
@@ -115,10 +115,14 @@ class ReduceNet(nn.Module):
         self.fc = nn.Linear(widths[2], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(torch.flatten(self.pool(self.features(x)), 1))
+        return scores
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last stage makes of images, [batch, widths[2], height / 4, width / 4], rounded up."""
         for part, margin in zip((self.stem, self.stage1, self.stage2, self.stage3), self.margins, strict=True):
             x = part(F.pad(x, [margin] * 4) if margin else x)
-        scores: Tensor = self.fc(torch.flatten(self.pool(x), 1))
-        return scores
+        return x
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """One image, [1, in_channels, image_size, image_size]."""
