@@ -17,6 +17,7 @@ from rgc.algebra import Linear
 from rgc.errors import TraceError
 from rgc.functions import FUNCTIONS, Handler, Lifting, _per_channel
 from rgc.ir import Value
+from rgc.lengths import length_of, measured_axis
 from rgc.operators import Activation, Add, Call, Clamp, Concat, Identity, Multiply, Slot
 from rgc.rearrange import (
     Assign,
@@ -81,7 +82,7 @@ def getitem(lifter: Lifting, x: Any, index: Any) -> Value | None:
     axes = _axes(lifter, x)
     if axes is None:
         return None
-    chosen = _by_axis(index, len(lifter.shape(x)))
+    chosen = _by_axis(lifter, x, index)
     if chosen is None:
         return None
     lead = len(chosen) - axes - 1
@@ -111,10 +112,19 @@ def slice_along(lifter: Lifting, x: Any, dim: int = 0, start: Any = None, end: A
     return getitem(lifter, x, (*[slice(None)] * axis, slice(start or None, stop, None if step == 1 else step)))
 
 
-def narrow(lifter: Lifting, x: Any, dim: int, start: Any, length: Any) -> Value | None:
-    if not _are_numbers((start, length)) or start < 0:
+def narrow(lifter: Lifting, x: Any, dim: Any, start: Any, length: Any) -> Value | None:
+    if not isinstance(x, Value) or not isinstance(lifter.real.get(x), Tensor) or not isinstance(dim, int):
         return None
-    return _along_channels(lifter, x, dim, Slice(int(start), int(start) + int(length)))
+    axis = dim % len(lifter.shape(x))
+    first, taken = (length_of(each, x, axis) if isinstance(each, int | Value) else None for each in (start, length))
+    if first is None or taken is None or first.times or first.plus < 0:
+        return None
+    stop = first.plus + taken.plus
+    if taken.times == 0:
+        return _along_channels(lifter, x, dim, Slice(first.plus, stop))
+    if taken.times != 1 or stop > 0:
+        return None
+    return getitem(lifter, x, (*[slice(None)] * axis, slice(first.plus or None, stop or None)))
 
 
 def index_select(lifter: Lifting, x: Any, dim: int, index: Any) -> Value | None:
@@ -272,9 +282,10 @@ def _gather(lifter: Lifting, x: Value, selection: Selection, axes: int) -> Gathe
 # --- indices -----------------------------------------------------------------------------------------------------
 
 
-def _by_axis(index: Any, rank: int) -> list[Any] | None:
+def _by_axis(lifter: Lifting, x: Value, index: Any) -> list[Any] | None:
     """An index as one entry per axis; None where it adds or drops axes or is no constant."""
-    parts = list(index) if isinstance(index, tuple) else [index]
+    rank = len(lifter.shape(x))
+    parts = [_as_slice(part) for part in (index if isinstance(index, tuple) else (index,))]
     if any(part is None or isinstance(part, bool | int | Value) for part in parts):
         return None
     dots = [place for place, part in enumerate(parts) if part is Ellipsis]
@@ -282,8 +293,34 @@ def _by_axis(index: Any, rank: int) -> list[Any] | None:
         return None
     where = dots[0] if dots else len(parts)
     filling = [slice(None)] * (rank - len(parts) + len(dots))
-    entries = [*parts[:where], *filling, *parts[where + len(dots) :]]
+    entries = [_with_numbers(x, *each) for each in enumerate([*parts[:where], *filling, *parts[where + len(dots) :]])]
     return None if any(isinstance(each, slice) and not _is_plain(each) for each in entries) else entries
+
+
+def _as_slice(part: Any) -> Any:
+    """The slice that a call of ``slice`` makes: a computed end makes it a value of the program."""
+    if not isinstance(part, Value) or _name(part) != "slice" or not isinstance(part.op, Call):
+        return part
+    args, _ = part.op.arguments(part.inputs)
+    return slice(*args)
+
+
+def _with_numbers(x: Value, axis: int, chosen: Any) -> Any:
+    """A slice whose ends the model computes, as ``1:x.shape[axis] - 1``, by numbers, from the back where that is n."""
+    if not isinstance(chosen, slice) or not any(isinstance(end, Value) for end in (chosen.start, chosen.stop)):
+        return chosen
+    start, stop = _end(x, axis, chosen.start), _end(x, axis, chosen.stop, from_the_back=True)
+    return slice(start, stop, chosen.step)
+
+
+def _end(x: Value, axis: int, end: Any, *, from_the_back: bool = False) -> Any:
+    """A number that stands for ``end`` at every size, or what it was; a slice up to the end has None."""
+    length = length_of(end, x, axis) if isinstance(end, Value) else None
+    if length is None or (length.times == 0 and length.plus < 0):
+        return end
+    if length.times == 0:
+        return length.plus
+    return (length.plus or None) if from_the_back and length.times == 1 and length.plus <= 0 else end
 
 
 def _is_plain(chosen: slice) -> bool:
@@ -329,7 +366,7 @@ def _window(chosen: Sequence[Any], sizes: Sequence[int]) -> tuple[Sides, tuple[i
 def _border(lifter: Lifting, x: Value, index: Any) -> Sides | None:
     """The width of the border that an index names, per spatial axis; None for any other index."""
     axes = _axes(lifter, x)
-    chosen = None if axes is None else _by_axis(index, len(lifter.shape(x)))
+    chosen = None if axes is None else _by_axis(lifter, x, index)
     if chosen is None or axes is None:
         return None
     lead = len(chosen) - axes
@@ -434,7 +471,7 @@ def _names_axes(lifter: Lifting, sizes: Sequence[Any], shape: Sequence[int], sou
         if axis == 1 and _is_of_channels(lifter, size, source):
             continue
         if isinstance(size, Value):
-            if _measured(size) not in {(source, axis), (source, axis - len(shape))}:
+            if measured_axis(size) not in {(source, axis), (source, axis - len(shape))}:
                 return False
         elif axis == 0 or size != shape[axis]:  # a batch that is burned in must stay free
             return False
@@ -450,30 +487,11 @@ def _is_of_channels(lifter: Lifting, size: Any, source: Value) -> bool:
     """A number, or what is computed from the number of channels, which no input changes."""
     if not isinstance(size, Value):
         return isinstance(size, int)
-    measured = _measured(size)
+    measured = measured_axis(size)
     if measured is not None:
         return measured in {(source, 1), (source, 1 - len(lifter.shape(source)))}
     known = _name(size) in ("floordiv", "mul", "truediv", "int", "floor_divide")
     return known and bool(size.inputs) and all(_is_of_channels(lifter, used, source) for used in size.inputs)
-
-
-def _measured(size: Value) -> tuple[Value, int] | None:
-    """The tensor and the axis of which ``size`` is the length: x.shape[0], x.size(0), x.size()[0], x.shape[2:][0]."""
-    (number, *_) = _rest(size) or (None,)
-    if not isinstance(number, int) or not size.inputs:
-        return None
-    whole = size.inputs[0]
-    if _name(size) in ("size", "sym_size"):
-        return whole, number
-    if _name(size) != "getitem" or not whole.inputs:
-        return None
-    (some, *_) = _rest(whole) or (None,)
-    if _name(whole) == "getitem" and isinstance(some, slice):
-        if some.step not in (None, 1) or (some.start or 0) < 0 or number < 0 or not whole.inputs[0].inputs:
-            return None
-        whole, number = whole.inputs[0], number + (some.start or 0)
-    is_shape = (_name(whole), *_rest(whole)) in {("size",), ("getattr", "shape")}
-    return (whole.inputs[0], number) if is_shape else None
 
 
 def _rest(value: Value) -> tuple[Any, ...]:
