@@ -1,6 +1,7 @@
 """Which rewrites does rgc bring, in which order are they tried, and which of them need a fixed input size?"""
 
 from rgc.passes.absorb_residual import absorb_residual
+from rgc.passes.box_mean import box_mean
 from rgc.passes.collapse import collapse
 from rgc.passes.distribute_over_branches import distribute_over_branches
 from rgc.passes.distribute_scale import distribute_scale
@@ -39,6 +40,7 @@ ALL = (
     distribute_over_branches,
     merge_branches,
     move_views,
+    box_mean,  # before what would take the whole map: of what it leaves, that takes the rest if it pays
     collapse,
 )
 
@@ -46,6 +48,6 @@ ALL = (
 OPT_IN = (single_path,)
 
 #: Exact for any input size: all but what can only be said at a fixed one.
-DEFAULT = tuple(each for each in ALL if each is not collapse)
+DEFAULT = tuple(each for each in ALL if each not in (box_mean, collapse))
 
 __all__ = ["ALL", "DEFAULT", "OPT_IN"]

@@ -53,6 +53,7 @@ from rgc.report import Firing, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.sparsity import block_diagonal, regroup_by_sparsity
+from rgc.tail import AxisSums, Tail, averaged, tail_of
 from rgc.verify import verify
 from rgc.views import (
     carried_axis,
@@ -69,14 +70,14 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "BatchNorm", "BorderFill", "ChannelMean", "Clamp",
-    "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather", "Graph",
-    "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Limits", "Linear", "MaxPool",
+    "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "AxisSums", "BatchNorm", "BorderFill", "ChannelMean",
+    "Clamp", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather",
+    "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Limits", "Linear", "MaxPool",
     "Measurement", "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad",
     "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "Subsample", "TensorType", "TraceError", "Unflatten", "Upsample", "Value",
-    "Verification", "add", "average_pool_at", "bench", "block_diagonal", "border", "carried_axis", "carrying_axis",
-    "compile", "compose", "explain", "graph_pass", "inverts", "is_adaptive_average", "is_permutation", "is_reshape",
-    "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated", "require", "rewrite", "save",
-    "takes_shape_of_another", "testing", "unit", "verify",
+    "RgcError", "Scale", "Structural", "Subsample", "Tail", "TensorType", "TraceError", "Unflatten", "Upsample",
+    "Value", "Verification", "add", "average_pool_at", "averaged", "bench", "block_diagonal", "border",
+    "carried_axis", "carrying_axis", "compile", "compose", "explain", "graph_pass", "inverts", "is_adaptive_average",
+    "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated",
+    "require", "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
 ]  # fmt: skip

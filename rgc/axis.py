@@ -208,9 +208,9 @@ def _copies_at(second: Axis, first: Axis, modes: tuple[str, str, str], n: int) -
     ):
         position = output * second.stride + outer * second.dilation - second.before
         tap = inner * first.dilation - first.before
-        middle = _element(position, inside, modes[0])
-        in_two = None if middle is None else _element(middle * first.stride + tap, n, modes[1])
-        in_one = _element(position * first.stride + tap, n, modes[2])
+        middle = element(position, inside, modes[0])
+        in_two = None if middle is None else element(middle * first.stride + tap, n, modes[1])
+        in_one = element(position * first.stride + tap, n, modes[2])
         differ |= in_one != in_two
         reads_input |= in_one is not None or in_two is not None
     return Copies(differ, False, reads_input)
@@ -221,7 +221,7 @@ def _can_pad(axis: Axis, mode: str, n: int) -> bool:
     return max(axis.padding) <= {"reflect": n - 1, "circular": n}.get(mode, max(axis.padding))
 
 
-def _element(position: int, n: int, mode: str) -> int | None:
+def element(position: int, n: int, mode: str) -> int | None:
     """Which of ``n`` elements stands at a position of the padded axis; None for a constant."""
     if 0 <= position < n:
         return position

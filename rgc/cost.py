@@ -36,6 +36,7 @@ from rgc.operators import (
     is_adaptive_average,
 )
 from rgc.rearrange import BorderFill, Gather, Rearrangement
+from rgc.tail import AxisSums
 
 Objective = Literal["latency", "depth", "macs", "params"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
@@ -115,6 +116,9 @@ class Target:
             return 0.0 if isinstance(value.op, Gather) else self._moving(2 * _bytes(value.type))  # the reader copies it
         if isinstance(value.op, BorderFill):
             return len(value.op.assignments) * self.overhead["pass"]
+        if isinstance(value.op, AxisSums):
+            calls = self.overhead["linear"] * value.op.spatial + self.overhead["pass"] * (value.op.spatial - 1)
+            return calls + sum(map(self._moving, _passes_of_sums(value)))
         moving = self._moving(_bytes_moved(value))
         if not isinstance(value.op, Conv | AvgPool):
             return _calls(value) * (self.overhead["pass"] + moving)
@@ -258,6 +262,8 @@ def cost(values: Iterable[Value], objective: Objective, target: Target) -> float
 
 def macs(value: Value) -> int:
     """Multiply-accumulates of a convolution or linear layer; other operators count as none."""
+    if isinstance(value.op, AxisSums):
+        return sum(elements * rows for elements, rows in _reads_of_sums(value))
     if not isinstance(value.op, Conv):
         return 0
     counted = value.inputs[0] if value.op.transposed else value
@@ -297,6 +303,26 @@ def _passes_around(value: Value) -> list[float]:
     """The bytes of each pass that has to run around PyTorch's own convolution: read, written, and read beside."""
     given, made = _bytes(value.inputs[0].type), _bytes(value.type)
     return [2 * made + _bytes_of_bias(value) if extra == "add" else 2 * given for extra in _extras(value)]
+
+
+def _passes_of_sums(value: Value) -> list[float]:
+    """The bytes that the sums along each axis read and write, and the copy of what has been transposed."""
+    width = value.tensor_type.dtype.itemsize
+    reads = [elements for elements, _ in _reads_of_sums(value)]
+    writes = [*reads[1:], math.prod(value.tensor_type.shape)]
+    sums = [float(width * (read + written)) for read, written in zip(reads, writes, strict=True)]
+    return sums + [2.0 * width * read for read in reads[1:]]
+
+
+def _reads_of_sums(value: Value) -> list[tuple[int, int]]:
+    """For each axis in turn: the elements that are read, and how many sums they go into."""
+    assert isinstance(value.op, AxisSums)
+    elements, found = math.prod(value.inputs[0].tensor_type.shape), []
+    for matrix in value.op.steps:
+        rows, length = matrix.shape
+        found.append((elements, rows))
+        elements = elements // length * rows
+    return found
 
 
 def _bytes_of_bias(value: Value) -> float:

@@ -41,6 +41,7 @@ from rgc.operators import (
     completes,
 )
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
+from rgc.tail import AxisSums
 
 
 def emit(graph: Graph, dtype: torch.dtype | None, *, copies: bool = True) -> fx.GraphModule:
@@ -140,6 +141,8 @@ def _layer_names(value: Value) -> list[str]:
             return ["setitem"] * len(op.assignments)
         case Identity(copies=True):
             return ["clone"]
+        case AxisSums():
+            return ["linear"] * op.spatial
         case Input() | Constant() | Identity() | Flatten() | Unflatten():
             return []
         case Call():
@@ -275,6 +278,8 @@ class _Emitter:
                 return self._assigned(value, op, self._own(value, inputs[0]))
             case Assign():
                 return self._assign(value, op, inputs)
+            case AxisSums():
+                return self._axis_sums(value, op, inputs[0])
             case Call():
                 return self._call(value, op, inputs)
         raise GraphError(f"{value.where}: no layer for the operator {op.label}")
@@ -380,6 +385,12 @@ class _Emitter:
         y = self._own(value, inputs[0])
         self._function(value, operator.setitem, y, index, assigned)
         return y
+
+    def _axis_sums(self, value: Value, op: AxisSums, x: fx.Node) -> fx.Node:
+        for matrix in op.steps:
+            x = self._function(value, F.linear, x, self._constant(value, matrix, "sums"))
+            x = x if op.spatial == 1 else self._function(value, torch.movedim, x, -1, -op.spatial)
+        return x
 
     def _call(self, value: Value, op: Call, inputs: list[fx.Node]) -> fx.Node:
         args = tree_map(lambda leaf: inputs[leaf.index] if isinstance(leaf, Slot) else leaf, op.args, is_leaf=_is_slot)

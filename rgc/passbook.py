@@ -17,7 +17,8 @@ from rgc.rewrite import GraphPass, Pass, Rewrite
 def resolve(passes: str | Sequence[Any]) -> tuple[tuple[Pass, ...], bool]:
     """The passes in the order in which they are tried, and whether they may rely on the example's size.
 
-    Only "all" relies on it, or naming `collapse`. Raises `InputError` for a name that is no pass, with a suggestion.
+    Only "all" relies on it, or naming `box_mean` or `collapse`. Raises `InputError` for a name that is no pass, with a
+    suggestion.
     """
     from rgc.passes import ALL, DEFAULT, OPT_IN
 
@@ -38,7 +39,7 @@ def resolve(passes: str | Sequence[Any]) -> tuple[tuple[Pass, ...], bool]:
             chosen[each.name] = each
     order = {name: index for index, name in enumerate(known)}
     ordered = sorted(chosen.values(), key=lambda each: order.get(each.name, len(order)))
-    return tuple(ordered), fixed or "collapse" in chosen
+    return tuple(ordered), fixed or not chosen.keys().isdisjoint(("box_mean", "collapse"))
 
 
 def passes_in(module: ModuleType) -> tuple[Pass, ...]:

@@ -28,8 +28,8 @@ def test_the_names_of_passes_are_those_of_their_files() -> None:
         assert getattr(importlib.import_module(f"rgc.passes.{each.name}"), each.name) is each
 
 
-def test_only_collapse_needs_a_fixed_size() -> None:
-    assert {each.name for each in passes.ALL} - {each.name for each in passes.DEFAULT} == {"collapse"}
+def test_only_two_passes_need_a_fixed_size() -> None:
+    assert {each.name for each in passes.ALL} - {each.name for each in passes.DEFAULT} == {"box_mean", "collapse"}
 
 
 def test_what_costs_more_is_in_no_set() -> None:
