@@ -3,7 +3,8 @@
 M comes exactly from the region itself, in float64 on unit vectors: its columns from forward passes, or its rows from
 backward ones (adjoint probing), whichever are cheaper. Memory is bounded: M has at most `LARGEST_MATRIX` entries, and
 is filled by one pass after another, none of which holds more than `LARGEST_PASS` elements at once, the inner values of
-the region and their gradients included: 256 MiB in all. A region that needs more is refused with what it would take.
+the region and their gradients included: 256 MiB in all, and the weights of one of its layers at a time in float64. A
+region that needs more is refused with what it would take.
 
 It becomes a linear layer between views or, where it ends in one position, a convolution as large as its input: the one
 that costs less. The engine asks it of the parts of a region too (`rgc/partition.py`).

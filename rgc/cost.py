@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -105,6 +105,16 @@ class Target:
         efficiency = {name: Efficiency(points) for name, points in calibration.efficiency.items()}
         name = f"{calibration.key.target} (calibrated)"
         return Target(name, calibration.peak, calibration.overhead, calibration.bandwidth, efficiency, calibrated=True)
+
+    @cached_property
+    def in_any_runtime(self) -> Target:
+        """The machine under a runtime of which nobody knows the kernels: each dense one at the same rate.
+
+        Eager PyTorch, Inductor and onnxruntime differ in what a depthwise band or a 5x5 costs them, but not in how the
+        time grows with the work and the memory that moves.
+        """
+        overhead = {kind: min(value, 1e-6) for kind, value in self.overhead.items()}
+        return replace(self, name="any runtime", overhead=overhead, efficiency=_EVEN, calibrated=False)
 
     def seconds(self, value: Value) -> float:
         """Estimated time of the operator that makes ``value``, at the example's shapes."""
@@ -222,6 +232,9 @@ def _conservative(
     known |= {"3x3 depthwise": depthwise, "3x3 grouped": grouped, "3x3 transposed": large, "2x2 average": 1.0}
     return {name: _flat(value) for name, value in known.items()}
 
+
+#: Rates of kernels that hold for no runtime in particular.
+_EVEN = _conservative(linear=0.7, pointwise=0.7, small=0.7, large=0.7, depthwise=0.2, grouped=0.4)
 
 CPU = Target(
     "cpu", peak=6e10, overhead=dict.fromkeys(("conv", "linear", "pass"), 4e-6), bandwidth=((1.0, 8e9),),

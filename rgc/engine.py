@@ -350,7 +350,13 @@ def planner_of(rewrites: Sequence[Rewrite], policy: Policy) -> Planner:
                     return new.op
         return None
 
-    return Planner(merged, lambda value: cost([value], policy.objective, policy.target))
+    objective, target = policy.objective, policy.target
+    bounded = objective == "latency"
+    return Planner(
+        merged,
+        cost=lambda value: cost([value], objective, target),
+        bound=lambda value: cost([value], objective, target.in_any_runtime) if bounded else 0.0,
+    )
 
 
 def _matches(case: Case, value: Value) -> Iterator[Match]:
@@ -401,6 +407,8 @@ def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: V
     objective, target = policy.objective, policy.target
     before, after = (cost(values, objective, target) for values in (dying, added))
     if after < before or (kept is None and after <= before * (1 + 1e-9)):
+        if objective == "latency":
+            _require_no_loss(target.in_any_runtime, dying, added)
         return
     require(kept is None, f"saves nothing: {kept.where if kept else ''} is also used elsewhere")
     if objective == "latency":
@@ -408,6 +416,17 @@ def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: V
         raise Refusal(f"estimated slower on {target.name}: {slow} ms instead of {fast} ms")
     unit = {"depth": "layers", "macs": "multiply-accumulates", "params": "parameters"}[objective]
     raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
+
+
+def _require_no_loss(target: Target, dying: list[Value], added: list[Value]) -> None:
+    """Refuse what only the kernels of one runtime make faster: the result may run in another."""
+    before, after = (cost(values, "latency", target) for values in (dying, added))
+    if after > before * (1 + 1e-9):
+        work, least = (sum(map(macs, values)) for values in (added, dying))
+        slow, fast = _told_apart(work / 1e6, least / 1e6)
+        raise Refusal(
+            f"estimated slower where kernels are equally good: {slow} M multiply-accumulates instead of {fast} M"
+        )
 
 
 def _told_apart(a: float, b: float) -> tuple[str, str]:

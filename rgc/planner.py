@@ -8,6 +8,7 @@ rewrites themselves, two parts at a time and in every bracketing, so the plan ho
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -61,10 +62,14 @@ class _Plan:
 
 @dataclass
 class Planner:
-    """Plans of the chains that were asked for, and what pairs of operators become, so that nothing is asked twice."""
+    """Plans of the chains that were asked for, and what pairs of operators become, so that nothing is asked twice.
+
+    bound: what no merge may cost more of than all that it replaces.
+    """
 
     merge: Merge
     cost: Callable[[Value], float]
+    bound: Callable[[Value], float] = lambda _: 0.0
     _pairs: dict[_Pair, tuple[Operator, Operator, Operator | None]] = field(default_factory=dict)
     _plans: dict[_Chain, _Plan] = field(default_factory=dict)
     _plans_of: dict[Value, set[_Chain]] = field(default_factory=dict)
@@ -112,13 +117,15 @@ class Planner:
 
     def _planned(self, chain: Sequence[Value], pairs: set[_Pair]) -> list[int]:
         made = self._operators(chain, pairs)
+        bounds = [0.0, *itertools.accumulate(map(self.bound, chain))]
         best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # cost, segments, start of the last segment
-        for end in range(len(chain)):
-            options = [
-                (best[start][0] + self.cost(op(chain[start].inputs[0])), best[start][1] + 1, start)
-                for start in range(end + 1)
-                if (op := made[start, end]) is not None
-            ]
+        for end, value in enumerate(chain):
+            options = [(best[end][0] + self.cost(value), best[end][1] + 1, end)]
+            for start in range(end):
+                op = made[start, end]
+                merged = None if op is None else op(chain[start].inputs[0])
+                if merged is not None and self.bound(merged) <= (bounds[end + 1] - bounds[start]) * (1 + 1e-9):
+                    options.append((best[start][0] + self.cost(merged), best[start][1] + 1, start))
             best.append(min(options))  # of equal cost, the one of fewer segments
         numbers, end = [0] * len(chain), len(chain)
         while end:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -210,3 +213,40 @@ def test_a_plan_compiles_another_checkpoint_with_the_same_rewrites() -> None:
     torch.testing.assert_close(compiled(X), other(X), rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="the checkpoint does not fit the model"):
         compiled.plan.apply({})
+
+
+# --- what a call of the result costs -----------------------------------------------------------------------------
+
+
+def test_a_call_of_the_result_goes_straight_to_pytorch() -> None:
+    layers = {"first": nn.Conv2d(4, 4, 3), "between": nn.ReLU(), "second": nn.Conv2d(4, 4, 3)}
+    compiled = rgc.compile(nn.Sequential(OrderedDict(layers)).eval(), X)
+    again = pickle.loads(pickle.dumps(compiled))
+    for module in (compiled, copy.deepcopy(compiled), again):
+        assert type(module).__call__ is nn.Module.__call__, "torch.fx puts a wrapper around it"
+        module.recompile()
+        assert type(module).__call__ is nn.Module.__call__
+        assert type(module).first.__get__(module) is module._modules["first"] is module.first
+        torch.testing.assert_close(module(X), compiled(X))
+
+
+def test_layers_of_the_result_can_be_exchanged_and_deleted_as_in_any_module() -> None:
+    compiled = rgc.compile(Model().eval(), X)
+    twin = copy.deepcopy(compiled)
+    compiled.first = nn.Identity()
+    assert torch.equal(compiled(X), X) and isinstance(compiled.first, nn.Identity)
+    assert not torch.equal(twin(X), X), "a copy has layers of its own"
+    del compiled.first
+    assert not hasattr(compiled, "first")
+    with pytest.raises(AttributeError, match="object has no attribute 'first'"):
+        compiled(X)
+
+
+def test_hooks_on_the_result_are_called() -> None:
+    compiled = rgc.compile(Model().eval(), X)
+    seen: list[str] = []
+    compiled.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    compiled.first.register_forward_hook(lambda module, args, result: seen.append("layer"))
+    compiled.register_forward_hook(lambda module, args, result: seen.append("after"))
+    compiled(X)
+    assert seen == ["before", "layer", "after"]

@@ -251,10 +251,11 @@ def test_probing_holds_no_more_than_is_said(
     (probe,) = probes
     one = 8 * module._held_by_a_sample(probe.region)
     matrix = 8 * probe.inputs * probe.outputs
+    widened = 2 * 8 * max(tensor.numel() for layer in layers for tensor in layer.parameters())
     for samples in (4, 40):
         monkeypatch.setattr(module, "CHUNK", samples * one // 8)
         peak = peak_of(lambda: original(probe))
-        assert matrix < peak <= matrix + samples * one
+        assert matrix < peak <= matrix + samples * one + widened
         assert peak > matrix + 0.1 * samples * one or samples > min(probe.inputs, probe.outputs), (
             "the bound is no bound"
         )
