@@ -97,16 +97,75 @@ class Addends(nn.Module):
         return total
 
 
+class Steps(nn.Sequential):
+    """Convolution, batch norm, 1x1 convolution and ReLU, over and over: three of the four become one."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(
+            *(
+                layer
+                for _ in range(calls // 4)
+                for layer in (_convolution(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU())
+            )
+        )
+
+
+class Nested(nn.Module):
+    """y = relu(conv(x)); y + conv(y) + x: a residual of two layers around one of one layer."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.ModuleList((_convolution(), _convolution())) for _ in range(calls // 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for outer, inner in self.steps:
+            y = torch.relu(outer(x))
+            x = torch.relu(y + inner(y) + x)
+        return x
+
+
+class Matrices(nn.Module):
+    """Linear layers without activations, all of which become one, on each pixel."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(_orthogonal() for _ in range(calls)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
+class Padded(nn.Sequential):
+    """Padded convolutions without activations, whose borders keep them apart, with a batch norm and a 1x1 between."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(
+            *(layer for _ in range(calls // 3) for layer in (_convolution(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
+        )
+
+
 GROWING: dict[str, Callable[[int], nn.Module]] = {
     "chain of conv, relu": Chain,
     "residual ladder": Ladder,
     "sum of convolutions": Branches,
     "sum of other addends": Addends,
+    "conv, batch norm, 1x1, relu": Steps,
+    "nested residuals": Nested,
+    "linear layers only": Matrices,
+    "conv, batch norm, 1x1 only": Padded,
 }
 
 
 def _convolution() -> nn.Module:
     return nn.Conv2d(4, 4, 3, padding=1)
+
+
+def _orthogonal() -> nn.Module:
+    """A layer that keeps the size of its input, so that ten thousand of them in a row have an output."""
+    layer = nn.Linear(8, 8)
+    nn.init.orthogonal_(layer.weight)
+    return layer
 
 
 def main() -> None:
