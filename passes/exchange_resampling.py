@@ -91,6 +91,9 @@ def move_before_upsampling(x: Value, upsample: Upsample, layer: Pointwise) -> Va
 
 @exchange_resampling.also(lambda x, layer, resampling: resampling(layer(x)))
 def move_behind_pooling(x: Value, layer: Pointwise, resampling: Averaging) -> Value:
+    positions = resampling.resampled(x.tensor_type) or 0
+    own = layer.spatial is None or positions <= layer.spatial
+    require(own, f"{resampling.label} acts on more than the positions of the layer")
     pooled = resampling(x)
     before, after = x.tensor_type, pooled.tensor_type
     fewer = math.prod(after.shape) < math.prod(before.shape)

@@ -48,6 +48,7 @@ def merge_rearrangement_after(x: Value, linear: Conv, move: Rearrangement) -> Va
 
 @merge_rearrangement.also(lambda x, first, pad, second: second(pad(first(x))))
 def merge_around_a_pad(x: Value, first: Conv | BatchNorm | Scale, pad: Pad, second: Conv) -> Value:
+    require(second.spatial == pad.spatial, f"{second.label} and {pad.label} act on different axes")
     return compose(compose(second, pad.as_conv(second.in_channels, pad.spatial)), first, _size(x, pad))(x)
 
 

@@ -151,7 +151,8 @@ def _contract(
     arranged = [*axes[:position], *made, *axes[position + 1 :]]
     if position == 0 or sorted(arranged) != sorted(result):
         return None
-    if constant.shape[labels.index(channel)] != lifter.shape(x)[position]:
+    length = constant.shape[labels.index(channel)]
+    if length != lifter.shape(x)[position] or length == 1:  # a length of one broadcasts at other sizes
         return None
     if channel in result:
         y = lifter.emit(Scale(constant, constant.new_zeros(1), behind), x)

@@ -250,7 +250,7 @@ class _Drawing:
 def _is_sensible(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.numel() > MOST_ELEMENTS or value.numel() == 0 or value.shape[:1] != (2,):
         return False
-    return bool(value.isfinite().all()) and float(value.abs().max()) < LARGEST and 2 <= value.dim() <= 6
+    return bool(value.isfinite().all()) and float(value.abs().max()) < LARGEST and 2 <= value.dim() <= 5
 
 
 def _broadcasts(other: Tensor, value: Tensor) -> bool:

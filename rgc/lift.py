@@ -104,6 +104,8 @@ class _Lifter:
         if value not in self.real:
             self.real[value] = result
             self.made.append(value)
+            for used in self._looked_through(value):  # which it gives up again when it is dropped
+                self.bound[used] += 1
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,12 @@ class TracedValue(fx.Proxy):
     def __itruediv__(self, other: Any) -> Any:
         return self._overwritten(operator.itruediv, operator.truediv, other)
 
+    def __ifloordiv__(self, other: Any) -> Any:
+        return self._overwritten(operator.ifloordiv, operator.floordiv, other)
+
+    def __ipow__(self, other: Any) -> Any:
+        return self._overwritten(operator.ipow, operator.pow, other)
+
     def _overwritten(self, inplace: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
         """``y += z`` writes to the tensor, for which other names may stand; of a size it makes another one."""
         function = plain if self.is_form else inplace

@@ -204,3 +204,19 @@ def test_every_lifted_einsum_equals_torchs_own(data: st.DataObject) -> None:
     is_map = not kept and "o" in labels and result == in_place and (channel == axes[-1] or channel == axes[1])
     if is_map and channel != axes[0] and rank - 1 - axes.index(channel) <= 3:
         assert isinstance(output.op, Conv)
+
+
+def test_a_constant_of_length_one_broadcasts_at_other_sizes_and_is_no_layer() -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.w = nn.AvgPool1d(3), nn.Parameter(torch.randn(1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("nkl,lo->nko", self.pool(x), self.w)
+
+    model = Einsum().eval()
+    compiled = rgc.compile(model, torch.randn(2, 3, 5))
+    for length in (5, 6, 9):
+        x = torch.randn(2, 3, length)
+        torch.testing.assert_close(compiled(x), model(x))

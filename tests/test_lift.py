@@ -564,3 +564,12 @@ def test_a_function_of_somebody_else_is_not_pytorchs_of_that_name(forward: Calla
     assert not {"ReLU", "add"} & set(compiled.report.ops_after)
     model, x = Model(forward).eval(), 1e3 * torch.randn(1, 4, 8, 8)
     torch.testing.assert_close(rgc.compile(model, x / 1e3)(x), model(x), rtol=1e-4, atol=1e-2)
+
+
+def test_a_copy_that_only_a_stack_read_does_not_take_what_it_copied_along() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        copy = x.clone()
+        mean = torch.stack([copy, copy], 1).mean(1)
+        return mean * torch.sigmoid(x)
+
+    assert compiled_equal(Model(forward)).report.tier == "torch.fx"

@@ -226,3 +226,9 @@ def test_compiling_twice_changes_nothing_the_second_time(compiled: Any) -> None:
     once = rgc.compile(model, x, objective="depth")
     assert once.report.rewrites
     assert rgc.compile(copy.deepcopy(once), x, objective="depth").report.rewrites == []
+
+
+def test_a_pooling_that_fits_only_behind_the_layer_stays_there(calls: Any, compiled: Any) -> None:
+    model = calls(lambda x, linear, pool: pool(linear(x)), linear=nn.Linear(1, 4), pool=nn.AvgPool2d(2))
+    report = compiled(model, 2, 3, 4, 1, objective="params")
+    assert not report.failures and report.ops_after == {"Linear": 1, "AvgPool2d": 1}

@@ -126,3 +126,14 @@ def test_a_layer_of_one_position_joins_the_next_across_a_pad(
 ) -> None:
     report = compiled(nn.Sequential(first, nn.ZeroPad1d(sides), nn.Conv1d(2, 4, 1)), 2, 2, 9)
     assert report.ops_after["Conv1d"] == 1 and report.ops_after["BatchNorm1d"] == 0
+
+
+def test_a_border_of_one_value_per_channel_before_a_layer_on_the_last_axis_stays(calls: Any, compiled: Any) -> None:
+    def bordered(x: Any, linear: nn.Module) -> Any:
+        y = torch.nn.functional.pad(-x, (1, 1, 1, 1))
+        y[:, :, :1] = y[:, :, -1:] = torch.linspace(-1, 2, 4).double().view(1, 4, 1, 1)
+        y[..., :1] = y[..., -1:] = torch.linspace(-1, 2, 4).double().view(1, 4, 1, 1)
+        return linear(y)
+
+    report = compiled(calls(bordered, linear=nn.Linear(8, 3)), 2, 4, 5, 6, objective="params")
+    assert not report.failures and report.ops_after["Linear"] == 1
