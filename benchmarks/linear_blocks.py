@@ -198,7 +198,7 @@ def saving(original: nn.Module, compiled: nn.Module, x: Tensor, options: argpars
 
 
 def calls_of(model: nn.Module, x: Tensor) -> Calls:
-    """What the network calls, by what decides how long it takes: the layer, and the shapes and strides of its inputs."""
+    """What the network calls, by what decides how long it takes: the layer, and its inputs' shapes and strides."""
     recorder = _Recorder(model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model))
     recorder.run(x)
     return Calls(recorder.counts, recorder.alone)
