@@ -77,10 +77,11 @@ _FACTORIES = frozenset({
 
 #: What only asks about a tensor, changes its flags, or looks at the same memory: a copy would answer something else.
 _ABOUT_FORM = frozenset({
-    "__hash__", "__len__", "__set__", "as_strided", "chunk", "data_ptr", "detach", "dim", "expand", "get_device",
-    "is_complex", "is_contiguous", "is_floating_point", "is_set_to", "narrow", "ndimension", "nelement", "numel",
-    "permute", "promote_types", "register_hook", "requires_grad_", "select", "size", "split", "squeeze",
-    "storage_offset", "stride", "t", "transpose", "unbind", "unflatten", "unsqueeze", "untyped_storage", "view",
+    "__getitem__", "__hash__", "__len__", "__set__", "as_strided", "chunk", "data_ptr", "detach", "diagonal", "dim",
+    "expand", "expand_as", "flatten", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_set_to",
+    "movedim", "narrow", "ndimension", "nelement", "numel", "permute", "promote_types", "register_hook",
+    "requires_grad_", "reshape", "select", "size", "split", "squeeze", "storage_offset", "stride", "swapaxes", "t",
+    "transpose", "unbind", "unflatten", "unsqueeze", "untyped_storage", "view", "view_as",
 })  # fmt: skip
 
 
