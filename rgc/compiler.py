@@ -378,6 +378,13 @@ class _Subject:
         is_cast = any(t.is_floating_point() and t.dtype != dtype for t in self.model.parameters())
         return copied() if is_cast or not self.is_read_only else ReadOnlyModel(same_memory(self.model), copied)
 
+    def runnable_in_float64(self) -> Callable[..., Any]:
+        """The model as it runs in float64 on the CPU, such that its weights stay as they are."""
+        running = copy_model(self.proof_model, share_parameters=True)
+        if not self.is_read_only:
+            return running
+        return ReadOnlyModel(running, lambda: copy_model(self.model, dtype=torch.float64).cpu())
+
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
@@ -466,7 +473,7 @@ def _attempt(
 ) -> _Attempt:
     graph, record = _rewritten(subject, captured, passes, policy)
     # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
-    reference = copy_model(subject.proof_model, share_parameters=True) if subject.in_float64 else None
+    reference = subject.runnable_in_float64() if subject.in_float64 else None
     original, free = subject.runnable(dtype), _holds_at_any_size(graph) and not captured.fixed_size
     precise = emit(graph, None, copies=False) if subject.in_float64 else None
     pair = Pair(original, precise or original, reference, precise, dtype, subject.device)

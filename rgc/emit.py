@@ -55,14 +55,27 @@ def emit(graph: Graph, dtype: torch.dtype | None, *, copies: bool = True) -> fx.
 def narrow(graph: Graph, dtype: torch.dtype) -> None:
     """Keep the kernels of ``graph`` in ``dtype`` from now on, in which they are emitted anyway.
 
-    What the emission computes with (biases, factors, kernels that pad with a value) stays as precise as it is.
+    What the emission computes with (biases, factors, kernels that pad with a value) stays as precise as it is, and what
+    is tied to another weight stays tied.
     """
     shared: dict[int, list[Value]] = {}
+    others: set[int] = set()  # the memory of what the kernels may be tied to
     for value in graph.nodes():
-        shared.setdefault(id(value.op), []).append(value)
+        if isinstance(value.op, Conv):
+            shared.setdefault(id(value.op), []).append(value)
+        else:
+            others.update(tensor.data_ptr() for tensor in value.op.tensors())
+    kernels = Counter(values[0].op.weight.data_ptr() for values in shared.values() if isinstance(values[0].op, Conv))
     for values in shared.values():
         op = values[0].op
-        if isinstance(op, Conv) and op.pad_value is None and op.weight.dtype == torch.float64:
+        assert isinstance(op, Conv)
+        address = op.weight.data_ptr()
+        if (
+            op.pad_value is None
+            and op.weight.dtype == torch.float64
+            and kernels[address] == 1
+            and address not in others
+        ):
             op = op.changed(weight=op.weight.to(dtype))
             for value in values:
                 value.op = op

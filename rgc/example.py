@@ -60,10 +60,13 @@ class Example:
 
         return self._mapped(draw)
 
-    def run(self, model: Callable[..., Any]) -> Any:
-        """The model's output on copies of the arguments (a model may overwrite its input)."""
+    def run(self, model: Callable[..., Any], *, widens: bool = True) -> Any:
+        """The model's output on copies of the arguments (a model may overwrite its input).
+
+        Where these are in float64 it runs `precisely`, with weights of a lower precision if it ``widens``.
+        """
         fresh = self.cloned()
-        with torch.no_grad(), precisely(self.tensors):
+        with torch.no_grad(), precisely(self.tensors, widens=widens):
             return model(*fresh.args, **fresh.kwargs)
 
     def bind(self, model: nn.Module) -> dict[str, Any]:
@@ -270,7 +273,7 @@ def precise_form(model: nn.Module, example: Example) -> Precise:
     """
     precise = copy_model(model, dtype=torch.float64).cpu().requires_grad_(False)
     running = copy_model(precise, share_parameters=True)
-    expected = example.run(running)
+    expected = example.run(running, widens=False)
     if not _has_weights_of(running, model):
         return Precise(copy_model(model, dtype=torch.float64).cpu().requires_grad_(False), expected, shares=False)
     del running

@@ -25,12 +25,13 @@ class WriteError(RuntimeError):
     """A model writes to its weights, so it needs a copy of them to run on."""
 
 
-def precisely(tensors: Any) -> AbstractContextManager[Any]:
+def precisely(tensors: Any, *, widens: bool = True) -> AbstractContextManager[Any]:
     """A context in which a model of any floating-point dtype runs in float64, if any of ``tensors`` is of that dtype.
 
-    Raises `WriteError` from within where the model overwrites a weight of a lower precision.
+    Without ``widens`` only its casts are ignored, and its weights have to be in float64. Raises `WriteError` from
+    within where the model overwrites a weight of a lower precision.
     """
-    return in_float64() if is_precise(tensors) else nullcontext()
+    return _InFloat64(widens) if is_precise(tensors) else nullcontext()
 
 
 def is_precise(tensors: Any) -> bool:
@@ -40,10 +41,14 @@ def is_precise(tensors: Any) -> bool:
 
 def in_float64() -> AbstractContextManager[Any]:
     """A context in which every call computes in float64, whatever the precision of its arguments."""
-    return _InFloat64()
+    return _InFloat64(widens=True)
 
 
 class _InFloat64(TorchFunctionMode):
+    def __init__(self, widens: bool) -> None:
+        super().__init__()
+        self._widens = widens
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -55,9 +60,9 @@ class _InFloat64(TorchFunctionMode):
             return torch.float64 if is_low else found
         if func in _CASTS:
             func = Tensor.double
-        wide: list[Tensor] = []
+        wide: list[Tensor] | None = [] if self._widens else None
         result = func(*_widened(args, wide), **_widened(options, wide))
-        if any(tensor._version for tensor in wide):
+        if wide and any(tensor._version for tensor in wide):
             raise WriteError(f"{name} overwrites a weight")
         if func in _FACTORIES and result.dtype == torch.float32:
             return func(*args, **{**options, "dtype": torch.float64})
@@ -72,10 +77,11 @@ _FACTORIES = frozenset({
 
 #: What only asks about a tensor, changes its flags, or looks at the same memory: a copy would answer something else.
 _ABOUT_FORM = frozenset({
-    "__hash__", "__len__", "__set__", "as_strided", "chunk", "data_ptr", "detach", "dim", "expand", "get_device",
-    "is_complex", "is_contiguous", "is_floating_point", "is_set_to", "narrow", "ndimension", "nelement", "numel",
-    "permute", "promote_types", "register_hook", "requires_grad_", "select", "size", "split", "squeeze",
-    "storage_offset", "stride", "t", "transpose", "unbind", "unflatten", "unsqueeze", "untyped_storage", "view",
+    "__getitem__", "__hash__", "__len__", "__set__", "as_strided", "chunk", "data_ptr", "detach", "diagonal", "dim",
+    "expand", "expand_as", "flatten", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_set_to",
+    "movedim", "narrow", "ndimension", "nelement", "numel", "permute", "promote_types", "register_hook",
+    "requires_grad_", "reshape", "select", "size", "split", "squeeze", "storage_offset", "stride", "swapaxes", "t",
+    "transpose", "unbind", "unflatten", "unsqueeze", "untyped_storage", "view", "view_as",
 })  # fmt: skip
 
 
@@ -84,10 +90,10 @@ def _holds_proxy(arguments: Any) -> bool:
     return any(isinstance(each, fx.Proxy) or (type(each) in (list, tuple) and _holds_proxy(each)) for each in arguments)
 
 
-def _widened(value: Any, made: list[Tensor]) -> Any:
-    """The same arguments in float64, what they hold in a lower precision as copies that are noted in ``made``."""
+def _widened(value: Any, made: list[Tensor] | None) -> Any:
+    """The same arguments in float64, tensors of a lower precision as copies that are noted in ``made``, if that is."""
     if isinstance(value, Tensor):
-        if value.dtype not in LOW or value.is_meta:
+        if made is None or value.dtype not in LOW or value.is_meta:
             return value
         made.append(value.double())
         return made[-1]

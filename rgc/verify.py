@@ -72,7 +72,8 @@ def verify(
     precise = precise_form(original, on_cpu.cast(torch.float64))
     running = ReadOnlyModel(same_memory(original), lambda: copy_model(original))
     own = running if precise.shares else copy_model(original)
-    pair = Pair(own, compiled, precise.model, None, dtype, device_of(original))
+    exact = ReadOnlyModel(precise.model, lambda: copy_model(original, dtype=torch.float64).cpu())
+    pair = Pair(own, compiled, exact if precise.shares else precise.model, None, dtype, device_of(original))
     try:
         return pair.check(on_cpu, level=level, free_sizes=False, expected=precise.expected)
     except NotEquivalentError as error:

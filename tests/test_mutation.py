@@ -767,7 +767,9 @@ MUTANTS = [
     Mutant("kernel flipped", in_kernel(lambda w: w.flip(-1)), POINTWISE_THEN_PADDED),
     Mutant("kernel transposed", in_kernel(lambda w: w.transpose(-1, -2)), POINTWISE_THEN_PADDED),
     Mutant("channels transposed", in_kernel(lambda w: w.transpose(0, 1)), POINTWISE_THEN_PADDED),
-    Mutant("kernel rounded to single precision", in_kernel(lambda w: w.float().double()), POINTWISE_THEN_PADDED),
+    Mutant(
+        "kernel rounded to single precision", in_kernel(lambda w: (w * 2**24).round() / 2**24), POINTWISE_THEN_PADDED
+    ),
     Mutant(
         "second before first",
         lambda p: p.replace(algebra, "compose_kernels", lambda original, a, b, i, o: original(b, a, o, i)),
