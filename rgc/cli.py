@@ -16,6 +16,7 @@ import click
 
 from rgc import __version__
 from rgc.errors import InputError, RgcError
+from rgc.limits import Limits, is_out_of_memory, process_within
 
 DONE, NOT_EQUIVALENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -66,6 +67,14 @@ def run(arguments: Sequence[str]) -> int:
         except KeyboardInterrupt:
             print_error("interrupted")
             return INTERRUPTED
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RecursionError):
+                print_error("the model is nested too deeply for PyTorch to walk through it")
+            elif is_out_of_memory(error):
+                print_error("that takes more memory than there is, or than --limit memory= allows")
+            else:
+                raise
+            return BAD_INPUT
 
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -110,6 +119,11 @@ _LOADING = (
     ),
     click.option("--arch", metavar="MODULE:FACTORY", help="What makes the model that a state dict belongs to."),
     click.option("--trust", is_flag=True, help="Load also what can run code when it is loaded."),
+    click.option(
+        "--limit", "limits", multiple=True, metavar="NAME=NUMBER",
+        help="The most that is taken: nodes (layers and operations), kernel (taps of a merged one), memory (4GiB), "
+        "seconds (of rewriting). Once per limit.",
+    ),
 )  # fmt: skip
 _PLUGIN = click.option(
     "--plugin", "plugins", multiple=True, metavar="FILE|MODULE", help="Add the passes of this Python file or module."
@@ -185,6 +199,7 @@ def compile_command(
     inputs: tuple[str, ...],
     arch: str | None,
     trust: bool,
+    limits: tuple[str, ...],
     plugins: tuple[str, ...],
 ) -> None:
     """Merge what is linear in MODEL, prove the result equal, and write it.
@@ -200,11 +215,11 @@ def compile_command(
     from rgc.compiler import compile, require_eval
     from rgc.explainer import explain
 
-    specs = parse_inputs(inputs)
+    specs, most = parse_inputs(inputs), _held_to(limits)
     destination = Destination.of(model, output, format_, report)
     chosen = chosen_passes(passes, plugins)
     with progress(f"loading {model}"):
-        original = load_original(model, arch, trust)
+        original = load_original(model, arch, trust, most)
     require_eval(original)
     example = example_for(original, specs)
     explained = None
@@ -214,7 +229,7 @@ def compile_command(
     with progress(f"compiling {type(original).__name__}"):
         compiled = compile(
             original, example, passes=chosen, objective=objective, target=target,
-            dtype=None if dtype is None else getattr(torch, dtype), verify=level, strict=strict,
+            dtype=None if dtype is None else getattr(torch, dtype), verify=level, strict=strict, limits=most,
         )  # fmt: skip
     with progress(f"writing {destination.artifact}"):
         written = write(compiled, destination, model)
@@ -247,6 +262,7 @@ def inspect_command(
     inputs: tuple[str, ...],
     arch: str | None,
     trust: bool,
+    limits: tuple[str, ...],
     plugins: tuple[str, ...],
 ) -> None:
     """Print the graph that rgc sees in MODEL, each value with its layer and its source line.
@@ -259,14 +275,14 @@ def inspect_command(
     from rgc.compiler import require_eval, trace
     from rgc.explainer import explain
 
-    specs = parse_inputs(inputs)
+    specs, most = parse_inputs(inputs), _held_to(limits)
     if where is not None and passes is None:
         passes = "default"
     if passes is None and plugins:
         raise InputError("--plugin: say with --passes which passes to show, e.g. --passes default")
     chosen = [] if passes is None else chosen_passes(passes, plugins)
     with progress(f"loading {model}"):
-        original = load_original(model, arch, trust)
+        original = load_original(model, arch, trust, most)
     require_eval(original)
     example = example_for(original, specs)
     if where is not None:
@@ -275,7 +291,7 @@ def inspect_command(
         console().print(explained)
         return
     with progress(f"tracing {type(original).__name__}"):
-        traced = trace(original, example, passes=chosen, objective=objective, target=target)
+        traced = trace(original, example, passes=chosen, objective=objective, target=target, limits=most)
     print_trace(console(), type(original).__name__, traced)
 
 
@@ -292,7 +308,13 @@ Examples:
 @click.argument("artifact")
 @_options(_LEVEL, *_LOADING)
 def verify_command(
-    original: str, artifact: str, level: Any, inputs: tuple[str, ...], arch: str | None, trust: bool
+    original: str,
+    artifact: str,
+    level: Any,
+    inputs: tuple[str, ...],
+    arch: str | None,
+    trust: bool,
+    limits: tuple[str, ...],
 ) -> int:
     """Compare ARTIFACT (.pt2, .onnx or a folder) with its ORIGINAL; exit status 0 if they are equal, 1 if not.
 
@@ -305,11 +327,11 @@ def verify_command(
     from rgc.cli_output import console, print_verification, progress
     from rgc.compiler import require_eval
 
-    specs = parse_inputs(inputs)
+    specs, most = parse_inputs(inputs), _held_to(limits)
     with progress(f"loading {artifact}"):
-        loaded = load_artifact(artifact, trust)
+        loaded = load_artifact(artifact, trust, most)
     with progress(f"loading {original}"):
-        model = load_original(original, arch, trust)
+        model = load_original(original, arch, trust, most)
     require_eval(model)
     with progress("comparing"):
         found = compare(model, loaded, example_for(model, specs), level=level)
@@ -372,6 +394,7 @@ def bench_command(
     inputs: tuple[str, ...],
     arch: str | None,
     trust: bool,
+    limits: tuple[str, ...],
 ) -> None:
     """Run ORIGINAL and COMPILED in turn and compare their times.
 
@@ -387,11 +410,11 @@ def bench_command(
     from rgc.measurement import bench
 
     specs, batches, counts = parse_inputs(inputs), parse_counts("--batch", batch), parse_counts("--threads", threads)
-    place = json_path("--report", report)
+    place, most = json_path("--report", report), Limits.parse(limits)
     with progress(f"loading {compiled}"):
-        candidate = load_compiled(compiled, trust)
+        candidate = load_compiled(compiled, trust, most)
     with progress(f"loading {original}"):
-        model = load_original(original, arch, trust)
+        model = load_original(original, arch, trust, most)
     with progress("measuring") as say:
         found = bench(
             model, candidate, example_for(model, specs), batch_sizes=batches, threads=counts,
@@ -486,6 +509,13 @@ def passes_command(name: str | None, plugins: tuple[str, ...]) -> None:
     else:
         known = {each.name: each for each in (*ALL, *OPT_IN)}
         print_pass(console(), known[name] if name in known else resolve([name])[0][0])
+
+
+def _held_to(limits: Sequence[str]) -> Limits:
+    """What ``--limit`` says; until the command ends the process is held to the memory in it."""
+    most = Limits.parse(limits)
+    click.get_current_context().with_resource(process_within(most.memory))
+    return most
 
 
 def _usage_error(error: click.ClickException) -> str:

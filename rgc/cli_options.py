@@ -120,8 +120,9 @@ def _known_image_size(model: nn.Module) -> tuple[int, ...]:
     """Channels, height and width that a model of timm or torchvision was made for."""
     for attribute in ("pretrained_cfg", "default_cfg"):
         config = getattr(model, attribute, None)
-        if isinstance(config, Mapping) and config.get("input_size"):
-            return tuple(config["input_size"])
+        size = config.get("input_size") if isinstance(config, Mapping) else None
+        if isinstance(size, tuple | list) and _is_image_size(size):
+            return tuple(size)
     library, _, part = type(model).__module__.partition(".models.")
     if library == "torchvision" and part.partition(".")[0] not in _NOT_IMAGES:
         return (3, 299, 299) if part == "inception" else (3, 224, 224)
@@ -159,6 +160,12 @@ def load_plugin(source: str) -> tuple[Pass, ...]:
     finally:
         if here in sys.path:
             sys.path.remove(here)
+
+
+def _is_image_size(size: Sequence[Any]) -> bool:
+    """Whole numbers that make an image: a model from a file may claim anything."""
+    whole = all(isinstance(n, int) and 0 < n <= _LARGEST_COUNT for n in size)
+    return whole and len(size) in (2, 3, 4) and math.prod(size) <= _MOST_ELEMENTS
 
 
 @dataclass(frozen=True)
