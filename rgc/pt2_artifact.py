@@ -39,7 +39,7 @@ def write_pt2(
     return exported
 
 
-def read_pt2(path: Path, *, trust: bool = False, memory: int | None = None) -> nn.Module:
+def read_pt2(path: Path, *, trust: bool = False) -> nn.Module:
     """Read a .pt2 archive as a callable module.
 
     Raises InputError if it is not such an archive, or, unless ``trust``, if loading it could run code that it carries.
@@ -48,7 +48,7 @@ def read_pt2(path: Path, *, trust: bool = False, memory: int | None = None) -> n
     if not is_archive(io.BytesIO(content)):
         raise InputError(f"{path} is not a .pt2 archive")
     try:
-        fault = fault_of_archive(io.BytesIO(content), memory or machine_memory())
+        fault = fault_of_archive(io.BytesIO(content), machine_memory())
     except UNREADABLE_ARCHIVE as error:
         fault = f"is damaged ({error})"
     if fault is not None:
