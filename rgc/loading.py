@@ -26,6 +26,7 @@ from rgc.errors import InputError
 from rgc.limits import Limits, human_bytes
 from rgc.safe_pickle import judge
 from rgc.soundness import require_sound
+from rgc.weights_file import repeated_name
 
 _ZOO = "zoo:"
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -110,6 +111,8 @@ def _contents(path: Path, trust: bool, limits: Limits) -> object:
         with path.open("rb") as file:
             start = file.read(64)
             if path.suffix == ".safetensors":
+                if (name := repeated_name(path)) is not None:
+                    raise InputError(f"{path}: names {name[:80]!r} twice, and readers differ in which they take")
                 return safetensors.torch.load_file(path)
             if is_archive(file):
                 return _archive(path, file, trust, limits)
