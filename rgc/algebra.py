@@ -131,7 +131,7 @@ class Scale(Linear):
 
     def evaluate(self, *inputs: Any) -> Any:
         (x,) = inputs
-        shape = (-1, *[1] * (self.axes or 0))
+        shape = (-1, *[1] * (self.axes or 0)) if x.dim() else ()  # a single number stays one
         return x * self.scale.view(shape) + self.shift.view(shape)
 
     def infer(self, *types: TensorType | None) -> TensorType | None:

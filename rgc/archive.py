@@ -6,15 +6,28 @@ uncompressed by everything that writes them, so an archive is refused by what it
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 from typing import IO
 
 from rgc.limits import human_bytes
 
+#: What `zipfile` raises for an archive that it cannot read.
+UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError,
+                      OverflowError, struct.error)  # fmt: skip
 #: Bytes unpacked for each byte of the file: weights do not compress, and zeros are not what one ships.
 MOST_RATIO = 100
 #: Entries of one archive.
 MOST_ENTRIES = 100_000
+
+
+def is_archive(file: IO[bytes]) -> bool:
+    """Does the file end like a zip archive, also one that is damaged?"""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # an end that it recognises and does not like
+        return True
 
 
 def fault_of_archive(file: IO[bytes], memory: int) -> str | None:

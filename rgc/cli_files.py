@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
+import io
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from rgc.archive import is_archive
 from rgc.artifact import Artifact, choose_format, load
 from rgc.cli_options import Destination
 from rgc.compiler import CompiledModule
@@ -74,7 +75,7 @@ def write(compiled: CompiledModule, destination: Destination, source: str) -> Ar
 def _reason_to_distrust(path: Path, kind: str) -> str | None:
     if kind == "python" and path.exists():
         return "holds Python code, which loading runs"
-    if kind == "pt2" and path.is_file() and zipfile.is_zipfile(path):
-        reason = reason_to_distrust(path.read_bytes())
+    if kind == "pt2" and path.is_file() and is_archive(io.BytesIO(content := path.read_bytes())):
+        reason = reason_to_distrust(content)
         return None if reason is None else f"loading it could run code ({reason})"
     return None

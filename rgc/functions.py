@@ -283,7 +283,7 @@ def dropout(lifter: Lifting, x: Any, p: float = 0.5, training: Any = True, train
 
 
 def add(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    if isinstance(alpha, Value):
+    if not isinstance(alpha, int | float):
         return None
     if alpha in (1, -1):
         return _sum(lifter, x, y, int(alpha))
@@ -292,7 +292,7 @@ def add(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
 
 
 def _subtract(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:
-    return None if isinstance(alpha, Value) else add(lifter, x, y, -alpha)
+    return add(lifter, x, y, -alpha) if isinstance(alpha, int | float) else None
 
 
 def _subtract_from(lifter: Lifting, x: Any, y: Any, alpha: Any = 1) -> Value | None:

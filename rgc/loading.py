@@ -11,6 +11,7 @@ import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -20,11 +21,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rgc.archive import fault_of_archive
+from rgc.archive import fault_of_archive, is_archive
 from rgc.errors import InputError
 from rgc.limits import Limits, human_bytes
 from rgc.safe_pickle import judge
 from rgc.soundness import require_sound
+from rgc.weights_file import repeated_name
 
 _ZOO = "zoo:"
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -36,6 +38,7 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,
     struct.error,
     json.JSONDecodeError,
     ArithmeticError,
@@ -108,8 +111,10 @@ def _contents(path: Path, trust: bool, limits: Limits) -> object:
         with path.open("rb") as file:
             start = file.read(64)
             if path.suffix == ".safetensors":
+                if (name := repeated_name(path)) is not None:
+                    raise InputError(f"{path}: names {name[:80]!r} twice, and readers differ in which they take")
                 return safetensors.torch.load_file(path)
-            if zipfile.is_zipfile(file):
+            if is_archive(file):
                 return _archive(path, file, trust, limits)
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: is not a readable safetensors file ({_one_line(error)})") from error

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from rgc.errors import InputError
 from rgc.exported_program import EXPORT_ERRORS, FreeProgram, export_program, quiet_export
+from rgc.limits import machine_memory
+from rgc.onnx_inspection import require_plain_onnx
 
 if TYPE_CHECKING:  # onnx takes a second to import, and most uses of rgc never need it
     import onnx
@@ -83,17 +85,20 @@ class OnnxModel(nn.Module):
         import onnxruntime
 
         super().__init__()
+        require_plain_onnx(Path(path), machine_memory())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # not to stderr: errors arrive as exceptions
         if threads is not None:
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            with contextlib.redirect_stdout(io.StringIO()):  # where it says that it tries the same again
+                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.input_names = tuple(entry.name for entry in session.get_inputs())
+            self.output_names = tuple(entry.name for entry in session.get_outputs())
         except _runtime_errors() as error:
-            raise InputError(f"onnxruntime cannot load {Path(path).name}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"onnxruntime cannot load {Path(path).name}: {reason}") from error
         self.path, self.session = path, session
-        self.input_names = tuple(entry.name for entry in session.get_inputs())
-        self.output_names = tuple(entry.name for entry in session.get_outputs())
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Raises InputError if the tensors do not match the model's inputs."""
@@ -119,11 +124,11 @@ class OnnxModel(nn.Module):
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises for a model or an input that it does not accept."""
+    """What onnxruntime raises for a model or an input that it does not accept; `ValueError` for text not in UTF-8."""
     from onnxruntime.capi import onnxruntime_pybind11_state as kinds
 
-    return (kinds.Fail, kinds.InvalidArgument, kinds.InvalidGraph, kinds.InvalidProtobuf, kinds.NoSuchFile,
-            kinds.NotImplemented, kinds.RuntimeException)  # fmt: skip
+    return (kinds.EPFail, kinds.Fail, kinds.InvalidArgument, kinds.InvalidGraph, kinds.InvalidProtobuf,
+            kinds.NoSuchFile, kinds.NotImplemented, kinds.RuntimeException, RuntimeError, ValueError)  # fmt: skip
 
 
 def weights_beside(path: Path) -> Path | None:

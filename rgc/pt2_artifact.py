@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rgc.archive import UNREADABLE_ARCHIVE, fault_of_archive, is_archive
 from rgc.errors import InputError
 from rgc.exported_program import FreeProgram, export_program, quiet_export
+from rgc.limits import machine_memory
 from rgc.pt2_inspection import reason_to_distrust
+
+#: What torch.export.load raises for an archive that is not one of its own.
+UNREADABLE_PROGRAM = (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError, zlib.error)
 
 
 def write_pt2(
@@ -40,13 +45,19 @@ def read_pt2(path: Path, *, trust: bool = False) -> nn.Module:
     Raises InputError if it is not such an archive, or, unless ``trust``, if loading it could run code that it carries.
     """
     content = path.read_bytes()  # what is inspected must be what is loaded
-    if not zipfile.is_zipfile(io.BytesIO(content)):
+    if not is_archive(io.BytesIO(content)):
         raise InputError(f"{path} is not a .pt2 archive")
+    try:
+        fault = fault_of_archive(io.BytesIO(content), machine_memory())
+    except UNREADABLE_ARCHIVE as error:
+        fault = f"is damaged ({error})"
+    if fault is not None:
+        raise InputError(f"{path} {fault}")
     if not trust and (reason := reason_to_distrust(content)) is not None:
         raise InputError(f"{path} could run code when loaded ({reason}); load it only if you trust where it came from")
     try:
         with quiet_export():
             return torch.export.load(io.BytesIO(content)).module()
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+    except UNREADABLE_PROGRAM as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be loaded by torch {torch.__version__}: {reason}") from error

@@ -19,6 +19,9 @@ from typing import Any
 
 from torch.export.pt2_archive import PT2ArchiveReader
 
+from rgc.archive import UNREADABLE_ARCHIVE, fault_of_archive
+from rgc.limits import machine_memory
+
 MODEL = "models/model.json"
 SAMPLE_INPUTS = "data/sample_inputs/model.pt"
 WEIGHTS = "data/weights/model_weights_config.json"
@@ -105,11 +108,15 @@ def reason_to_distrust(content: bytes) -> str | None:
     try:
         return next(_reasons(content), None)
     # Not an archive, truncated, or JSON of another structure: no plain exported program either way.
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE_ARCHIVE, LookupError, TypeError, AttributeError, SyntaxError, MemoryError) as error:
         return f"it is malformed: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def _reasons(content: bytes) -> Iterator[str]:
+    fault = fault_of_archive(io.BytesIO(content), machine_memory())
+    if fault is not None:
+        yield f"it {fault}"
+        return
     with PT2ArchiveReader(io.BytesIO(content)) as reader:
         records = reader.get_file_names()
         yield from _records_out_of_place(content, records)

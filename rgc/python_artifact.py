@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from rgc.errors import InputError
 from rgc.python_layers import LayerTree, layer_source
 from rgc.python_source import forward_source
+from rgc.weights_file import repeated_name
 
 MODEL_FILE = "model.py"
 WEIGHTS_FILE = "model.safetensors"
@@ -116,18 +117,25 @@ def write_folder(module: nn.Module, path: Path) -> tuple[str, ...]:
 
 
 def read_folder(path: Path) -> nn.Module:
-    """Run the folder's ``model.py`` and return its model with its weights. Raises InputError if a file is missing."""
+    """Run the folder's ``model.py`` and return its model with its weights. Raises InputError if that fails."""
     for name in (MODEL_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise InputError(f"{path} is not a Python artifact: it has no {name}")
+    if (repeated := repeated_name(path / WEIGHTS_FILE)) is not None:
+        raise InputError(f"{path / WEIGHTS_FILE} names {repeated[:80]!r} twice, and readers differ in which they take")
     spec = importlib.util.spec_from_file_location("_rgc_artifact_model", path / MODEL_FILE)
     assert spec is not None and spec.loader is not None
     namespace = importlib.util.module_from_spec(spec)
     # Executed from its text, so that no byte code appears in the user's folder.
-    code = compile((path / MODEL_FILE).read_text(encoding="utf-8"), str(path / MODEL_FILE), "exec", dont_inherit=True)
-    exec(code, namespace.__dict__)
-    model = namespace.load()
-    assert isinstance(model, nn.Module)
+    try:
+        text = (path / MODEL_FILE).read_text(encoding="utf-8")
+        exec(compile(text, str(path / MODEL_FILE), "exec", dont_inherit=True), namespace.__dict__)
+        model = namespace.load()
+    except Exception as error:  # it is the file's own code, on weights that may not fit it: both may raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{path} is not a Python artifact: its load() returns a {type(model).__name__}")
     return model
 
 
