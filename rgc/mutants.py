@@ -69,8 +69,8 @@ def mutants_of(path: str, is_code: Callable[[ast.AST], bool] = lambda _: True) -
     """Every mutant of the functions in the file, in the order of the source; what ``is_code`` denies is left alone.
 
     >>> import rgc.axis
-    >>> [mutant.change for mutant in mutants_of(rgc.axis.__file__) if mutant.function == "compose_axes"][:3]
-    ['`>` becomes `>=`', '`1` becomes `2`', '`0` becomes `1`']
+    >>> "`>` becomes `>=`" in [each.change for each in mutants_of(rgc.axis.__file__) if each.function == "compose_axes"]
+    True
     """
     tree = _parsed(path)
     found = []
