@@ -143,7 +143,7 @@ def kills(trial: Trial, count: int) -> str:
 
 
 def interrupts(trial: Trial, count: int) -> str:
-    """SIGINT at a random moment of the command, from where it imports PyTorch on: status 130, one line, nothing left."""
+    """SIGINT at a random moment of the command, once it imports PyTorch: status 130, one line, nothing left."""
     alone = time.monotonic()
     subprocess.run([sys.executable, COMMAND, *trial.command(FORMATS[0])], check=True, stdout=subprocess.DEVNULL)
     alone = time.monotonic() - alone
