@@ -245,6 +245,9 @@ def call_target(data: bytes, folder: Path) -> str:
             expected = program(x.clone())
             if output_difference(expected, program(x.clone())) != 0:
                 return "random"
+            jitter = 1 + 1e-14 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            if not output_difference(expected, program(x * jitter)) <= 1e-11:
+                return "ill-conditioned"  # what rounding does to it says nothing
     except Exception:  # as above
         return "refused by PyTorch"
     fixed = bool(choices.byte() % 2)

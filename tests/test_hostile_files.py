@@ -158,7 +158,9 @@ def test_every_kind_of_seed_is_read_by_the_fuzzer_and_some_load(tmp_path: Path) 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(min_size=5, max_size=40))
 def test_chance_finds_no_call_that_is_lifted_to_another_function(data: bytes) -> None:
-    assert call_target(data, Path()) in {"lifted", "empty", "random", "TraceError", "GraphError", "refused by PyTorch"}
+    assert call_target(data, Path()) in {
+        "lifted", "empty", "random", "ill-conditioned", "TraceError", "GraphError", "refused by PyTorch",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_chance_finds_no_call_that_is_lifted_to_another_function(data: bytes) ->
     ],
 )
 def test_what_the_fuzzer_has_found_in_calls_stays_found(finding: bytes) -> None:
-    assert reproduce(finding, "lift") in {"lifted", "empty", "TraceError"}
+    assert reproduce(finding, "lift") in {"lifted", "empty", "ill-conditioned", "TraceError"}
 
 
 def test_an_archive_without_an_end_that_zipfile_can_read_stays_found(files: dict[str, bytes], tmp_path: Path) -> None:
