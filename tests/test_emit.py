@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rgc
-from rgc.emit import emit, operator_counts
+from rgc.emit import emit, narrow, operator_counts
 from rgc.example import Example
 from rgc.export_tier import trace_by_export
 from rgc.ir import Graph, Input, TensorType, Value
@@ -290,3 +290,29 @@ def test_two_thousand_names_that_collide_are_still_found_quickly() -> None:
         value = type(relu)("relu")(value)
     module = emit(Graph([x], value), None)
     assert len(list(module.modules())) == 2001
+
+
+def test_kernels_are_narrowed_before_emission_but_for_those_that_are_tied_or_computed_with() -> None:
+    x = Value(Input("x"), (), TensorType((1, 4, 5, 5), torch.float32), name="x")
+    weight, tied = (torch.randn(4, 4, 1, 1, dtype=torch.float64) for _ in range(2))
+    plain = rgc.Conv(weight, torch.randn(4, dtype=torch.float64))
+    padded = rgc.Conv(torch.randn(4, 4, 3, 3, dtype=torch.float64), padding=1, pad_value=torch.rand(4).double())
+    y = plain(padded(rgc.Conv(tied)(rgc.Conv(tied, groups=1, stride=2)(plain(x)))))
+    graph = Graph([x], y)
+    expected = dict(emit(graph, torch.float32).state_dict().items())
+    narrow(graph, torch.float32)
+    dtypes = [value.op.weight.dtype for value in graph.nodes() if isinstance(value.op, rgc.Conv)]
+    assert dtypes == [torch.float32, torch.float64, torch.float64, torch.float64, torch.float32]
+    assert plain.weight is weight  # operators do not change
+    found = emit(graph, torch.float32)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.state_dict().items())
+    parameters = dict(found.named_parameters())
+    assert len(parameters) == 5  # three weights, one of them tied, and two biases
+
+
+def test_a_module_for_the_proof_only_shares_the_weights_of_the_graph() -> None:
+    x = Value(Input("x"), (), TensorType((1, 4, 5, 5), torch.float32), name="x")
+    weight = torch.randn(4, 4, 1, 1)
+    graph = Graph([x], rgc.Conv(weight)(x))
+    shared, copied = (next(emit(graph, None, copies=copies).parameters()) for copies in (False, True))
+    assert shared.data_ptr() == weight.data_ptr() != copied.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
@@ -145,6 +146,28 @@ def test_a_refusal_at_a_value_that_is_gone_is_not_reported() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 2))
     report = rgc.compile(randomize(model), torch.randn(2, 3, 8, 8), passes="all").report
     assert [firing.rewrite for firing in report.rewrites] == ["collapse"] and report.refusals == []
+
+
+def test_what_has_been_replaced_is_gone_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = source()
+    y, made = x, []
+    for index in range(5):
+        y = pointwise(index)(y)
+        made.append(weakref.ref(y))
+    alive: list[int] = []
+    replaced = engine._Worklist._replace
+
+    def counting(self: Any, *args: Any) -> None:
+        replaced(self, *args)
+        made.extend(weakref.ref(value) for value in self.graph.nodes() if value is not x)
+        alive.append(len({id(ref()) for ref in made if ref() is not None}) - len(self.graph) + 1)
+
+    monkeypatch.setattr(engine._Worklist, "_replace", counting)
+    graph = Graph([x], y)
+    del y
+    graph, record = apply(graph, [merge_pointwise], Policy("depth"))
+    assert len(record.firings) == 4 and len(graph) == 2
+    assert max(alive) <= 3  # the match of the firing under way still holds its own two values and their result
 
 
 def test_a_limit_stops_after_so_many_firings() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -198,3 +199,26 @@ def test_a_long_chain_is_looked_at_through_a_window() -> None:
         chain = chain_around(graph, value)
         assert value in chain and len(chain) <= LONGEST_CHAIN + 1
         assert values[max(0, index - 1)] in chain and values[min(29, index + 1)] in chain
+
+
+def test_what_was_made_for_a_plan_goes_with_the_values_of_its_chain() -> None:
+    made: list[weakref.ref[Operator]] = []
+
+    def noted(value: Value) -> Operator | None:
+        op = composed(value)
+        if op is not None:
+            made.append(weakref.ref(op))
+        return op
+
+    planner = Planner(noted, priced)
+    shared, alone = conv(4, 4), conv(4, 4)
+    chains = [applied(source(4, 6), [shared, shared, last]) for last in (shared, alone)]
+    for chain in chains:
+        planner.segments(chain)
+    planner.forget(chains[0][:1])
+    assert any(ref() is not None for ref in made)  # of the other chain, also what both had asked for
+    asked = len(made)
+    planner.segments(chains[1])
+    assert len(made) == asked
+    planner.forget(chains[1])
+    assert all(ref() is None for ref in made) and made
