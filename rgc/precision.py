@@ -135,14 +135,15 @@ def _memory(tensor: Tensor) -> int:
 
 
 class Jittered(TorchFunctionMode):
-    """A context in which the parameters of ``model`` are moved by about one unit in the last place, up or down.
+    """A context in which the parameters of ``model`` are moved by about ``units`` in the last place, up or down.
 
     Each is moved where it is used, always in the same way, and in the dtype in which it is used: that of the parameter,
     or float64 where the model runs `precisely`.
     """
 
-    def __init__(self, model: nn.Module, seed: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, seed: int, dtype: torch.dtype | None = None, units: int = 1) -> None:
         super().__init__()
+        self._units = units
         self._seeds = {id(parameter): seed + index for index, parameter in enumerate(model.parameters())}
         self._kept = list(model.parameters())  # alive, and so are their ids
         self._dtype = dtype
@@ -157,16 +158,16 @@ class Jittered(TorchFunctionMode):
 
     def _moved(self, leaf: Any) -> Any:
         seed = self._seeds.get(id(leaf))
-        return leaf if seed is None else jittered(leaf.to(self._dtype or leaf.dtype), seed)
+        return leaf if seed is None else jittered(leaf.to(self._dtype or leaf.dtype), seed, self._units)
 
 
-def jittered(tensor: Tensor, seed: int) -> Tensor:
-    """The tensor with each element moved by about one unit in the last place, up or down."""
+def jittered(tensor: Tensor, seed: int, units: int = 1) -> Tensor:
+    """The tensor with each element moved by about ``units`` in the last place, up or down."""
     if not tensor.is_floating_point():
         return tensor
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
-    return tensor + signs * tensor.abs() * torch.finfo(tensor.dtype).eps
+    return tensor + signs * tensor.abs() * (units * torch.finfo(tensor.dtype).eps)
 
 
 class ReadOnlyModel:

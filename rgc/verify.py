@@ -9,6 +9,7 @@ multiple of the original's own distance: both round, and only the comparison of 
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -53,6 +54,9 @@ LARGEST_NOISE = 0.1
 
 #: So many runs in which inputs and weights differ in the last place tell how far an original is at rest.
 JITTERS = 3
+
+#: In the deployed dtype, by so many units: a sum of K terms rounds by about sqrt(K) of them, and layers add up.
+UNITS = (1, 8, 64)
 
 
 def verify(
@@ -210,22 +214,23 @@ class Pair:
         likes: float64 decides there, and the deployed dtype can say no more than that the original is no calmer.
         """
         output = example.run(self.original)
-        others = (_jittered(self.original, example, seed, self.dtype) for seed in range(JITTERS))
+        settings = itertools.product(range(JITTERS), UNITS)
+        others = (_jittered(self.original, example, seed, self.dtype, units) for seed, units in settings)
         return max(LARGEST_NOISE, *(output_difference(output, call.run(model)) for model, call in others))
 
 
 def _jittered(
-    model: Callable[..., Any], example: Example, seed: int, dtype: torch.dtype
+    model: Callable[..., Any], example: Example, seed: int, dtype: torch.dtype, units: int = 1
 ) -> tuple[Callable[..., Any], Example]:
-    """Both with every floating-point number moved by about one unit in the last place of ``dtype``, up or down."""
+    """Both with every floating-point number moved by about ``units`` in the last place of ``dtype``, up or down."""
     inner = model.model if isinstance(model, ReadOnlyModel) else model
 
     def moved(*args: Any, **kwargs: Any) -> Any:
-        with Jittered(inner, seed, dtype) if isinstance(inner, nn.Module) else nullcontext():
+        with Jittered(inner, seed, dtype, units) if isinstance(inner, nn.Module) else nullcontext():
             return model(*args, **kwargs)
 
     def move(leaf: Any) -> Any:
-        return jittered(leaf, seed) if isinstance(leaf, Tensor) else leaf
+        return jittered(leaf, seed, units) if isinstance(leaf, Tensor) else leaf
 
     return moved, Example(tree_map(move, example.args), tree_map(move, example.kwargs))
 
