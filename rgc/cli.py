@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -38,7 +39,10 @@ def main() -> None:
 def _interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
     """An interrupt inside a finalizer or callback would be printed and forgotten: raise it again behind that."""
     if isinstance(ignored.exc_value, KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        # Not at once: in here it would be ignored as well.
+        again = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])
+        again.daemon = True
+        again.start()
     else:
         sys.__unraisablehook__(ignored)
 

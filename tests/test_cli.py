@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -433,6 +434,33 @@ def test_an_interrupted_command_writes_nothing(fails: Fails, monkeypatch: pytest
 
     monkeypatch.setattr("rgc.artifact_check.compare", interrupt)
     assert fails("compile", "model.pt", *SMALL, "--report", "x.json", status=130) == "rgc: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "that takes more memory than there is, or than --limit memory= allows"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nframe #0"), "that takes more memory than there is"),
+        (RecursionError("maximum recursion depth exceeded"), "the model is nested too deeply for PyTorch to walk"),
+    ],
+)
+def test_what_the_machine_cannot_hold_is_one_line(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def give_up(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("rgc.compiler.compile", give_up)
+    assert fails("compile", "model.pt", *SMALL).startswith(f"rgc: {line}")
+
+
+def test_an_artifact_larger_than_the_memory_is_not_read(fails: Fails, compiled: Path) -> None:
+    arguments = ("verify", "model.pt", str(compiled / "model.pt2"), *SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rgc.cli.process_within", lambda _: contextlib.nullcontext())  # which would stop it before
+        assert "is larger than the 0.0 MiB that are read (--limit memory=)" in fails(
+            *arguments, "--limit", "memory=1KiB"
+        )
 
 
 def test_help_shows_examples_and_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
