@@ -129,9 +129,9 @@ def _require_global(means: list[AvgPool | Structural], mapped: TensorType, conv:
             plain = mean.keeps_constants and not any(mean.padding)
             whole = whole and plain and mean.window == given.shape[lead:]
         require(whole, f"{mean.label} does not average over all positions")
-        left -= len(given.shape) - len(made.shape) or axes
+        left -= len(given.shape) - len(made.shape)
         given = made
-    require(left == 0, f"{means[-1].label} does not average over all positions")
+    require(math.prod(given.shape[len(given.shape) - left :]) == 1, "the means leave several positions")
     return given
 
 

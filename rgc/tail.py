@@ -1,11 +1,13 @@
 """What is left of linear layers before one position, such as a global mean? Sums of positions, and one kernel on them.
 
-y[o] = sum over c, h, w of M[o, c, h, w] x[c, h, w], and inside the map the slices of M at one row and at the next are
-the same, but for the borders. So rows (and columns) are summed first: y = M' (R x C^T). Of a convolution, behind which
-all positions are averaged, R has one row per tap: the mean of what the tap reads, a box that the border cuts.
+y[o] = sum over c, h, w of M[o, c, h, w] x[c, h, w]. Inside the map, the slices of M at one row and at the next are the
+same, but for the borders, so rows (and columns) are summed first: y = M' (R x C^T). Of one convolution, behind which
+all positions are averaged, R has one row per tap: the mean of what that tap reads, a box that the border cuts.
 
-A `Tail` is pulled back through the layers before it. With R' = R S for the rows that each tap selects (S), equal rows
-of R' are one, and M'[o, c, r] is the sum over the pairs of row and tap that make r of M[o, m, a] K[m, c, u].
+A `Tail` is pulled back through the layers before it. S[u] selects what tap u of a convolution reads: then R S[u], for
+each u, are the new rows, and M'[o, c, r] is the sum of M[o, m, a] K[m, c, u] over the pairs of row and tap that make r.
+Either equal rows become one, or the positions at which all rows have equal entries become one sum, whichever are fewer:
+after n convolutions of 3 taps that keep the size there are n sums for each border and one for the inside.
 """
 
 from __future__ import annotations

@@ -176,6 +176,18 @@ class Calling(nn.Module):
         return y
 
 
+class Behind(nn.Module):
+    """A function of a map, behind a nonlinearity, and of a layer."""
+
+    def __init__(self, forward: Any, conv: nn.Module) -> None:
+        super().__init__()
+        self.call, self.conv = forward, conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.call(torch.sigmoid(x), self.conv)
+        return y
+
+
 def region_of(model: nn.Module, x: Tensor) -> Region:
     graph = compiler.trace(model, x, passes="all,-box_mean,-collapse").original
     for value in graph.nodes():
