@@ -313,6 +313,12 @@ class Conv(Linear):
         return not self.transposed and set(self.kernel) <= {1} and not any(itertools.chain(*self.padding))
 
     @property
+    def reads_whole_map(self) -> bool:
+        """Is its one size that of its kernel, so that it is a linear layer of the flattened map?"""
+        plain = not self.transposed and self.groups == 1 and self.ones is None
+        return self.spatial > 0 and self.size == self.kernel and plain and not any(itertools.chain(*self.padding))
+
+    @property
     def label(self) -> str:
         if self.spatial == 0:
             return f"linear {self.in_channels}->{self.out_channels}"

@@ -133,7 +133,7 @@ class Target:
         if not isinstance(value.op, Conv | AvgPool):
             return _calls(value) * (self.overhead["pass"] + moving)
         compute = 2 * work(value) / (self.peak * self._efficiency(value)[0])
-        kind = "linear" if isinstance(value.op, Conv) and value.op.spatial == 0 else "conv"
+        kind = "linear" if Kernel.of(value).kind == "linear" else "conv"
         around = sum(self.overhead["pass"] + self._moving(size) for size in _passes_around(value))
         return self.overhead[kind] + max(compute, moving) + around
 
@@ -184,7 +184,7 @@ class Kernel:
         if isinstance(op, AvgPool):
             return Kernel(_extent(op.window), max(op.stride), "average")
         assert isinstance(op, Conv)
-        if op.spatial == 0:
+        if op.spatial == 0 or op.reads_whole_map:
             return Kernel("", 1, "linear")
         kind = "transposed" if op.transposed else "dense" if op.groups == 1 else "grouped"
         if op.groups == op.in_channels and op.groups > 1 and not op.transposed:
@@ -209,7 +209,8 @@ def layer_size(value: Value) -> LayerSize:
         channels = value.tensor_type.shape[-1 - op.spatial]
         return 1.0, 1.0, float(channels), elements / channels
     assert isinstance(op, Conv)
-    return op.in_channels / op.groups, op.out_channels / op.groups, float(op.groups), elements / op.out_channels
+    reads = op.in_channels * (math.prod(op.kernel) if op.reads_whole_map else 1)
+    return reads / op.groups, op.out_channels / op.groups, float(op.groups), elements / op.out_channels
 
 
 def work(value: Value) -> int:

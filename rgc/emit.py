@@ -114,7 +114,7 @@ def _is_arithmetic_on_sizes(value: Value) -> bool:
 def _layer_names(value: Value) -> list[str]:
     op = value.op
     match op:
-        case Conv(spatial=0):
+        case Conv() if op.spatial == 0 or op.reads_whole_map:
             return ["Linear"]
         case Conv():
             kinds = _TRANSPOSED if op.transposed else _PLAIN
@@ -299,6 +299,8 @@ class _Emitter:
 
     def _conv(self, value: Value, op: Conv, x: fx.Node) -> fx.Node:
         """The layers of a convolution: those in ``op.extras`` stand around it, in that order."""
+        if op.reads_whole_map:  # PyTorch's convolutions take several times as long for one position
+            return self._linear_of_map(value, op, x)
         bias_map = op.bias if op.bias is not None and op.bias.dim() > 1 else None
         plain = op if bias_map is None else replace(op, bias=None)
         if "sub" in op.extras:
@@ -318,6 +320,12 @@ class _Emitter:
         if bias_map is None:
             return node
         return self._function(value, operator.add, node, self._constant(value, bias_map, "bias_map"))
+
+    def _linear_of_map(self, value: Value, op: Conv, x: fx.Node) -> fx.Node:
+        flat = self._function(value, torch.flatten, x, -1 - op.spatial)
+        bias = None if op.bias is None else op.bias.flatten()
+        y = self._module(value, lambda: _convolution(Conv(op.weight.flatten(1), bias), self._parameter), flat)
+        return self.graph.call_method("unflatten", (y, -1, (op.out_channels, *[1] * op.spatial)))
 
     def _scale(self, value: Value, op: Scale, x: fx.Node) -> fx.Node:
         """One call, so that compiling the result again finds nothing to fold."""

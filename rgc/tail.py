@@ -138,7 +138,7 @@ class Tail:
         means = AxisSums(tuple(matrix / matrix.shape[1] for matrix in self.sums))
         scale = math.prod(self.size)
         shape = (self.out_channels, self.in_channels, *self.counts)
-        return Conv(Deferred(shape, lambda: self.compute() * scale), offset)(means(x))
+        return Conv(Deferred(shape, lambda: self.compute() * scale), offset, size=self.counts)(means(x))
 
     def before_mean(self, size: Size) -> Tail:
         """Of what is averaged over the positions of the last axes, of just this ``size``."""
@@ -226,7 +226,7 @@ def averaged(conv: Conv, size: Size) -> tuple[AxisSums, Conv]:
     means = AxisSums(tuple(tap.mean(dim=1) for tap in reads))
     plain = conv.changed(
         bias=_mean_of_zeros(conv, size), stride=1, padding=0, dilation=1, padding_mode="zeros", pad_value=None,
-        ones=None, size=None,
+        ones=None, size=conv.kernel,
     )  # fmt: skip
     return means, plain
 

@@ -12,6 +12,7 @@ from rgc import (
     Activation,
     Add,
     AvgPool,
+    AxisSums,
     BatchNorm,
     Clamp,
     Constant,
@@ -244,6 +245,15 @@ def test_an_uneven_padding_is_one_more_pass() -> None:
     target = Target.of(calibration(k3x3_dense=THREES))
     even, uneven = (conv(16, 16, 3, padding=padding)(source(16, 7)) for padding in (1, ((0, 2), (0, 2))))
     assert target.seconds(uneven) > target.seconds(even) + 1e-6
+
+
+def test_sums_of_positions_cost_the_passes_over_them_and_the_copy_of_what_is_transposed() -> None:
+    value = AxisSums((torch.ones(3, 28), torch.ones(2, 28)))(source(16, 28))
+    assert macs(value) == 16 * (28 * 28 * 2 + 28 * 2 * 3)
+    read, between, written = 16 * 28 * 28, 16 * 28 * 2, 16 * 3 * 2
+    moved = 4 * (read + between + between + written + 2 * between)
+    assert CPU.seconds(value) == pytest.approx(3 * 4e-6 + moved / 8e9)
+    assert cost([value], "depth", CPU) == 1 and cost([value], "params", CPU) == 3 * 28 + 2 * 28
 
 
 def test_the_stored_calibration_of_this_machine_is_used(tmp_path: Path) -> None:
