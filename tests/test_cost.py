@@ -247,13 +247,19 @@ def test_an_uneven_padding_is_one_more_pass() -> None:
     assert target.seconds(uneven) > target.seconds(even) + 1e-6
 
 
-def test_sums_of_positions_cost_the_passes_over_them_and_the_copy_of_what_is_transposed() -> None:
-    value = AxisSums((torch.ones(3, 28), torch.ones(2, 28)))(source(16, 28))
-    assert macs(value) == 16 * (28 * 28 * 2 + 28 * 2 * 3)
-    read, between, written = 16 * 28 * 28, 16 * 28 * 2, 16 * 3 * 2
-    moved = 4 * (read + between + between + written + 2 * between)
-    assert CPU.seconds(value) == pytest.approx(3 * 4e-6 + moved / 8e9)
-    assert cost([value], "depth", CPU) == 1 and cost([value], "params", CPU) == 3 * 28 + 2 * 28
+def test_sums_of_positions_cost_two_thin_products_and_the_copy_of_what_is_transposed() -> None:
+    value = AxisSums((torch.ones(3, 7), torch.ones(2, 7)))(source(16, 7))
+    assert macs(value) == 16 * (7 * 7 * 2 + 7 * 2 * 3)
+    computed = (16 * 7 + 16 * 2) * (2 * 64 * 4) / (0.6 * 6e10)  # short rows: as long as for 4 sums of 64
+    copied = 2 * 4 * (16 * 2 * 7) / 8e9
+    assert CPU.seconds(value) == pytest.approx(3 * 4e-6 + computed + copied)
+    assert cost([value], "depth", CPU) == 1 and cost([value], "params", CPU) == 3 * 7 + 2 * 7
+
+
+def test_sums_of_long_rows_cost_the_pass_over_them() -> None:
+    value = AxisSums((torch.ones(1, 4096),))(Value(Input("x"), (), TensorType((1, 16, 4096), torch.float32)))
+    compute = 2 * 16 * 4096 * 4 / (0.6 * 6e10)
+    assert CPU.seconds(value) == pytest.approx(4e-6 + max(4 * 16 * 4097 / 8e9, compute))
 
 
 def test_the_stored_calibration_of_this_machine_is_used(tmp_path: Path) -> None:
