@@ -22,31 +22,15 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import rgc
+from benchmarks.linear_blocks import Block
 from rgc import Measurement, models
 from rgc.calibration import machine_name
 from rgc.nn import set_decay
 from rgc.runtimes import RUNTIMES
 from rgc.testing import randomize
-
-
-class Block(nn.Module):
-    """A block of MobileNetV2 without its activations: what training with decaying activations ends in."""
-
-    def __init__(self, width: int, expansion: int = 6) -> None:
-        super().__init__()
-        wide = width * expansion
-        self.layers = nn.Sequential(
-            nn.Conv2d(width, wide, 1, bias=False), nn.BatchNorm2d(wide),
-            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide),
-            nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = x + self.layers(x)
-        return added
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,8 @@ def linear(build: Callable[[], nn.Module]) -> nn.Module:
 
 def chain(width: int) -> nn.Module:
     """Three blocks with an activation between, as in a network of which each block became linear."""
-    return nn.Sequential(Block(width), nn.ReLU6(), Block(width), nn.ReLU6(), Block(width))
+    first, second, third = (Block(width, width) for _ in range(3))
+    return nn.Sequential(first, nn.ReLU6(), second, nn.ReLU6(), third)
 
 
 def from_timm(name: str, size: int = 224) -> Entry:
