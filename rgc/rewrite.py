@@ -179,8 +179,35 @@ class Example:
         return self.build.__name__.replace("_", " ")
 
 
+#: What makes the model of an example, and is decorated with `fires_on` or `leaves_alone`.
+Factory = Callable[[], nn.Module]
+
+
+class WithExamples:
+    """What has examples, and decorators that add to them."""
+
+    examples: list[Example]
+
+    def fires_on(self, shape: tuple[int, ...], *, fixed_size: bool = False) -> Callable[[Factory], Factory]:
+        """The decorated factory makes a model on which the pass fires; ``fixed_size`` as under --passes all."""
+        return self._attaching(shape, fires=True, fixed_size=fixed_size)
+
+    def leaves_alone(
+        self, shape: tuple[int, ...], because: str, *, fixed_size: bool = False
+    ) -> Callable[[Factory], Factory]:
+        """The decorated factory makes a model that the pass leaves as it is, with ``because`` in a rewrite's reason."""
+        return self._attaching(shape, fires=False, because=because, fixed_size=fixed_size)
+
+    def _attaching(self, shape: tuple[int, ...], **how: Any) -> Callable[[Factory], Factory]:
+        def attach(build: Factory) -> Factory:
+            self.examples.append(Example(build, shape, **how))
+            return build
+
+        return attach
+
+
 @dataclass(frozen=True, eq=False)
-class Rewrite:
+class Rewrite(WithExamples):
     """A named rewrite: its cases in the order in which they are tried, and its examples."""
 
     name: str
@@ -199,47 +226,15 @@ class Rewrite:
 
         return attach
 
-    def fires_on(
-        self, shape: tuple[int, ...], *, fixed_size: bool = False
-    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-        """The decorated factory makes a model on which the rewrite fires; ``fixed_size`` as under --passes all."""
-        return _attaching(self.examples, shape, fires=True, fixed_size=fixed_size)
-
-    def leaves_alone(
-        self, shape: tuple[int, ...], because: str, *, fixed_size: bool = False
-    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-        """The decorated factory makes a model that the rewrite refuses, with ``because`` in the reason."""
-        return _attaching(self.examples, shape, fires=False, because=because, fixed_size=fixed_size)
-
 
 @dataclass(frozen=True, eq=False)
-class GraphPass:
+class GraphPass(WithExamples):
     """A named function from graph to graph, for what no local pattern says. Checked as a whole."""
 
     name: str
     statement: str
     run: Callable[[Graph], Graph]
     examples: list[Example] = field(default_factory=list)
-
-    def fires_on(
-        self, shape: tuple[int, ...], *, fixed_size: bool = False
-    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-        """The decorated factory makes a model that the pass changes, as `Rewrite.fires_on`."""
-        return _attaching(self.examples, shape, fires=True, fixed_size=fixed_size)
-
-    def leaves_alone(
-        self, shape: tuple[int, ...], because: str, *, fixed_size: bool = False
-    ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-        """The decorated factory makes a model that the pass leaves as it is, as `Rewrite.leaves_alone`."""
-        return _attaching(self.examples, shape, fires=False, because=because, fixed_size=fixed_size)
-
-
-def _attaching(examples: list[Example], shape: tuple[int, ...], **how: Any) -> Callable[[Any], Any]:
-    def attach(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        examples.append(Example(build, shape, **how))
-        return build
-
-    return attach
 
 
 Pass = Rewrite | GraphPass
