@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
@@ -24,14 +24,14 @@ from rgc.example import (
     output_difference,
     precise_form,
     precisely,
-    same_memory,
+    runnable,
+    runnable_in_float64,
     unchanged_generators,
 )
 from rgc.frontend import TIERS, Capture, capture
 from rgc.ir import Graph
 from rgc.limits import Limits
 from rgc.passbook import resolve
-from rgc.precision import ReadOnlyModel
 from rgc.proof import TOLERANCE
 from rgc.report import Failure, Firing, Refused, Report, Verification
 from rgc.rewrite import Pass
@@ -369,22 +369,6 @@ class _Subject:
             ) from error
         return _Subject(model, device, plain, on_cpu, expected, False, False, 256 * torch.finfo(dtype).eps, (note,))
 
-    def runnable(self, dtype: torch.dtype) -> Callable[..., Any]:
-        """The model as it runs in ``dtype`` on its device, such that the user's own model stays as it is."""
-
-        def copied() -> nn.Module:
-            return copy_model(self.model, dtype=dtype)
-
-        is_cast = any(t.is_floating_point() and t.dtype != dtype for t in self.model.parameters())
-        return copied() if is_cast or not self.is_read_only else ReadOnlyModel(same_memory(self.model), copied)
-
-    def runnable_in_float64(self) -> Callable[..., Any]:
-        """The model as it runs in float64 on the CPU, such that its weights stay as they are."""
-        running = copy_model(self.proof_model, share_parameters=True)
-        if not self.is_read_only:
-            return running
-        return ReadOnlyModel(running, lambda: copy_model(self.model, dtype=torch.float64).cpu())
-
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
@@ -473,8 +457,10 @@ def _attempt(
 ) -> _Attempt:
     graph, record = _rewritten(subject, captured, passes, policy)
     # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
-    reference = subject.runnable_in_float64() if subject.in_float64 else None
-    original, free = subject.runnable(dtype), _holds_at_any_size(graph) and not captured.fixed_size
+    original, reference = runnable(subject.model, dtype, is_read_only=subject.is_read_only), None
+    if subject.in_float64:
+        reference = runnable_in_float64(subject.proof_model, subject.model, is_read_only=subject.is_read_only)
+    free = _holds_at_any_size(graph) and not captured.fixed_size
     precise = emit(graph, None, copies=False) if subject.in_float64 else None
     pair = Pair(original, precise or original, reference, precise, dtype, subject.device)
     cases = pair.check_in_float64(

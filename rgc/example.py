@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.errors import InputError, TraceError
-from rgc.precision import LOW, precisely
+from rgc.precision import LOW, ReadOnlyModel, precisely
 from rgc.proof import relative_difference
 
 #: Two runs of one model in float64 differ by no more than this: there is no order of summation but one to choose from.
@@ -289,6 +289,27 @@ def precise_form(model: nn.Module, example: Example) -> Precise:
     return Precise(shared if is_same else precise, expected, is_same)
 
 
+def runnable(model: nn.Module, dtype: torch.dtype, *, is_read_only: bool) -> Callable[..., Any]:
+    """``model`` as it runs in ``dtype`` on its device, such that the weights of ``model`` stay as they are.
+
+    ``is_read_only``: ``forward`` is known to leave them so, and runs on them instead of on a copy while it does.
+    """
+
+    def copied() -> nn.Module:
+        return copy_model(model, dtype=dtype)
+
+    is_cast = any(t.is_floating_point() and t.dtype != dtype for t in model.parameters())
+    return copied() if is_cast or not is_read_only else ReadOnlyModel(same_memory(model), copied)
+
+
+def runnable_in_float64(precise: nn.Module, model: nn.Module, *, is_read_only: bool) -> Callable[..., Any]:
+    """``precise``, the form of ``model`` for float64, as it runs on the CPU; ``is_read_only`` as in `runnable`."""
+    running = copy_model(precise, share_parameters=True)
+    if not is_read_only:
+        return running
+    return ReadOnlyModel(running, lambda: copy_model(model, dtype=torch.float64).cpu())
+
+
 def _has_weights_of(after: nn.Module, before: nn.Module) -> bool:
     """Are the parameters and buffers of ``after``, a copy in float64, still those of ``before``?"""
     old, new = ({**dict(each.named_parameters()), **dict(each.named_buffers())} for each in (before, after))
@@ -314,5 +335,5 @@ def unchanged_generators() -> Iterator[None]:
 
 __all__ = [
     "Binding", "Example", "Precise", "copy_model", "declare", "is_same_tensor", "output_difference", "precise_form",
-    "precisely", "same_memory", "unchanged_generators",
+    "precisely", "runnable", "runnable_in_float64", "same_memory", "unchanged_generators",
 ]  # fmt: skip

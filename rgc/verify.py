@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.errors import InputError, NotEquivalentError
-from rgc.example import Example, copy_model, output_difference, precise_form, same_memory
+from rgc.example import Example, output_difference, precise_form, runnable, runnable_in_float64
 from rgc.precision import Jittered, ReadOnlyModel, jittered
 from rgc.proof import TOLERANCE
 from rgc.report import Verification
@@ -74,10 +74,9 @@ def verify(
     dtype = floating_dtype(original, example)
     on_cpu = example.to(torch.device("cpu"))
     precise = precise_form(original, on_cpu.cast(torch.float64))
-    running = ReadOnlyModel(same_memory(original), lambda: copy_model(original))
-    own = running if precise.shares else copy_model(original)
-    exact = ReadOnlyModel(precise.model, lambda: copy_model(original, dtype=torch.float64).cpu())
-    pair = Pair(own, compiled, exact if precise.shares else precise.model, None, dtype, device_of(original))
+    own = runnable(original, dtype, is_read_only=precise.shares)
+    exact = runnable_in_float64(precise.model, original, is_read_only=precise.shares)
+    pair = Pair(own, compiled, exact, None, dtype, device_of(original))
     try:
         return pair.check(on_cpu, level=level, free_sizes=False, expected=precise.expected)
     except NotEquivalentError as error:
