@@ -30,6 +30,9 @@ LARGEST_PASS = 2**24
 #: A pass takes as many unit vectors as hold so many elements, and at least one: more would be slower, out of the cache.
 CHUNK = 2**22
 
+#: So many samples show whether those of a batch are mixed.
+SAMPLES = 3
+
 #: A backward pass takes about so many forward ones, for it comes behind one.
 FORWARD_PASSES_OF_A_BACKWARD = 2
 
@@ -95,14 +98,14 @@ class _Probe:
 
 
 def _require_memory(region: Region, inputs: int, outputs: int) -> None:
-    entries, held = inputs * outputs, _held_by_a_sample(region)
+    entries, held = inputs * outputs, SAMPLES * _held_by_a_sample(region)
     require(
         entries <= LARGEST_MATRIX,
         f"the region would be a matrix of {outputs:,} x {inputs:,}: {_size(entries)}; at most {_size(LARGEST_MATRIX)}",
     )
     require(
         held <= LARGEST_PASS,
-        f"probing the region holds {_size(held)} for one unit vector; at most {_size(LARGEST_PASS)}",
+        f"probing the region holds {_size(held)} for {SAMPLES} samples; at most {_size(LARGEST_PASS)}",
     )
 
 
@@ -142,11 +145,11 @@ def _split(value: Value, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _require_independent_samples(region: Region, entering: tuple[int, ...]) -> None:
-    """The batch must be free: three samples at once give what each gives alone."""
-    x = torch.randn(3, *entering, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """The batch must be free: several samples at once give what each gives alone."""
+    x = torch.randn(SAMPLES, *entering, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         together = region.evaluate(x)
-        alone = torch.cat([region.evaluate(x[index : index + 1]) for index in range(3)])
+        alone = torch.cat([region.evaluate(x[index : index + 1]) for index in range(SAMPLES)])
     except RuntimeError as error:
         raise Refusal(f"the region does not run on every batch size: {str(error).splitlines()[0]}") from error
     same = together.shape == alone.shape and torch.allclose(

@@ -30,8 +30,8 @@ from rgc import (
 from rgc.compiler import trace
 from rgc.cost import CPU, Efficiency
 from rgc.engine import Policy, apply, copy_graph
-from rgc.ir import Input, Origin, TensorType
-from rgc.passes import ALL, DEFAULT, absorb_residual, drop_identity, fold_batchnorm, merge_pointwise
+from rgc.ir import Input, Origin, TensorType, topological
+from rgc.passes import ALL, DEFAULT, absorb_residual, collapse, drop_identity, fold_batchnorm, merge_pointwise
 from rgc.testing import randomize
 
 
@@ -174,6 +174,24 @@ def test_a_limit_stops_after_so_many_firings() -> None:
     for limit in range(4):
         graph, record = apply(chain_that_merges(6), DEFAULT, Policy("depth", limit=limit))
         assert len(record.firings) == limit and len(graph) == 7 - limit
+
+
+def test_a_limit_and_a_ban_hold_among_the_regions_of_a_graph() -> None:
+    def graph() -> Graph:
+        x = value = source()
+        for index in range(3):
+            for name in ("a", "b"):
+                value = named(pointwise(index)(value), f"{name}{index}")
+            value = Activation("relu")(value)
+        for each in topological([value]):
+            each.type = replace(each.tensor_type, fixed=True)
+        return Graph([x], value)
+
+    for limit in range(4):
+        _, record = apply(graph(), [collapse], Policy("depth", limit=limit))
+        assert len(record.firings) == limit
+    _, record = apply(graph(), [collapse], Policy("depth", banned=frozenset({("collapse", "b1")})))
+    assert sorted(firing.where for firing in record.firings) == ["b0", "b2"]
 
 
 def test_a_banned_rewrite_leaves_that_place_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,6 +193,15 @@ def test_a_constant_belongs_to_the_region_that_reads_it() -> None:
 def test_a_graph_without_affine_values_has_no_regions() -> None:
     x = source()
     assert affine_regions(Graph([x], Multiply()(relu(x), x))) == []
+
+
+def test_an_outline_has_the_size_of_its_region_and_computes_nothing() -> None:
+    x = source()
+    middle = conv(1)(x)
+    (region,) = affine_regions(Graph([x], conv(3, 3, makes=5)(middle)))
+    outline = replace(region, outlined=True)
+    made = outline.evaluate(torch.full((7, 2, 5, 6), torch.nan, dtype=torch.float64))
+    assert made.shape == (7, 5, 3, 4) and made.dtype == torch.float64 and not made.any()
 
 
 # --- a region as one operator --------------------------------------------------------------------------------------

@@ -261,13 +261,13 @@ def test_probing_holds_no_more_than_is_said(
         )
 
 
-def test_a_region_whose_single_sample_is_too_large_is_refused(
+def test_a_region_whose_few_samples_are_too_large_is_refused(
     compiled: Any, reasons: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LARGEST_PASS", 2000)
     report = compiled(nn.Sequential(padded(2, 8), padded(8, 1, 4)), 2, 2, 8, 8, passes=[collapse])
-    held = 2 * (2 * 64 + 8 * 64 + 4) + 8 * 64 + 2 * 64 + 2 * (100 + 9 * 64)
-    assert f"probing the region holds {held:,} numbers (0.0 MiB) for one unit vector" in reasons(report, "collapse")
+    held = 3 * (2 * (2 * 64 + 8 * 64 + 4) + 8 * 64 + 2 * 64 + 2 * (100 + 9 * 64))
+    assert f"probing the region holds {held:,} numbers (0.1 MiB) for 3 samples" in reasons(report, "collapse")
     assert "at most 2,000 numbers (0.0 MiB)" in reasons(report, "collapse") and report.ops_after == {"Conv2d": 2}
 
 
