@@ -39,6 +39,9 @@ from rgc.ir import Operator, TensorType
 from rgc.kernels import Kernel, add_kernels, compose_kernels, regroup, transpose_kernel
 from rgc.precision import in_float64
 
+#: Into a sum goes no pad value whose rounding grows by more than this there: the proof of the model allows 8 in all.
+LARGEST_AMPLIFICATION = 4.0
+
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size = tuple[int, ...]
 
@@ -758,13 +761,44 @@ def _ones_of(conv: Conv) -> Kernel:
 def _padded_alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
     """Both with one padding mode and one pad value, or a refusal."""
     if not (a.is_padded and b.is_padded):
-        return a, b
+        padded, other = (a, b) if a.is_padded else (b, a)
+        if _pads_within_reason(padded, other):
+            return a, b
+        largest = 0.0 if padded.pad_value is None else float(padded.pad_value.abs().max())
+        require(
+            math.gcd(a.groups, b.groups) == 1,
+            f"{padded.label} pads with constants of up to {largest:.1e}, which it scales down again: beside "
+            f"{other.label}, which does not, they would leave little but rounding",
+        )
+        return _padded_with_zeros(a), _padded_with_zeros(b)
     require(a.padding_mode == b.padding_mode, f"padding modes differ: {a.padding_mode} and {b.padding_mode}")
     values = [torch.zeros(a.in_channels) if c.pad_value is None else c.pad_value.cpu() for c in (a, b)]
     if torch.equal(values[0].double(), values[1].double()):
         return a, b
     require(math.gcd(a.groups, b.groups) == 1, "the two branches pad with different constants")
     return _padded_with_zeros(a), _padded_with_zeros(b)
+
+
+def _pads_within_reason(padded: Conv, other: Conv) -> bool:
+    """Does what ``padded`` pads with round no worse in the sum with ``other`` than in ``padded`` by itself?
+
+    PyTorch pads with zeros, so the sum reads x - v and adds back what its kernel makes of v. Rounding moves x - v by
+    about eps |v|, which ``padded`` multiplies by its kernel K: eps |K| |v| is in its outputs however it is written. The
+    other kernel L makes eps |L| |v| of it, and where v = b / s for a scale s near 0, K carries that s and L does not.
+    """
+    value = padded.pad_value
+    if value is None:
+        return True
+    ours, theirs = (_reached_by(conv, value) for conv in (padded, other))
+    own = 0.0 if padded.bias is None else float(padded.bias.double().abs().max())
+    return float(theirs.max()) <= LARGEST_AMPLIFICATION * max(float(ours.max()), own)
+
+
+def _reached_by(conv: Conv, value: Tensor) -> Tensor:
+    """sum |K| |v| of each output channel, over all taps."""
+    total = Kernel(conv.kernels.weight.abs(), conv.groups).taps()
+    grouped = total.reshape(conv.groups, -1, total.shape[1])
+    return (grouped @ value.double().abs().reshape(conv.groups, -1, 1)).flatten()
 
 
 def _padded_with_zeros(conv: Conv) -> Conv:
