@@ -30,11 +30,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are tiny
     started = time.perf_counter()
+    told = 0
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("models", total=options.examples)
 
         def show(tally: Tally) -> None:
+            nonlocal told
             bar.update(task, completed=tally.examples, description=f"{len(tally.faults)} faults")
+            for fault in tally.faults[told:]:
+                bar.console.print(f"model {tally.examples}: {fault.kind}: {fault.reason}", markup=False)
+            told = len(tally.faults)
 
         tally = fuzz(options.examples, seed=options.seed, most_steps=options.steps, progress=show)
     for fault in tally.faults:
