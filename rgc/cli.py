@@ -6,9 +6,7 @@ line on stderr. What a command needs is imported when it runs, so that help and 
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +15,7 @@ import click
 
 from rgc import __version__
 from rgc.errors import InputError, RgcError
+from rgc.interruption import Interruption
 from rgc.limits import Limits, is_out_of_memory, process_within
 
 DONE, NOT_EQUIVALENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -26,59 +25,60 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def main() -> None:
     """The console script: `run`, and one line also for an interrupt that strikes where nothing could catch it."""
-    sys.unraisablehook = _interrupt_again
+    from rgc.cli_output import print_error
+
+    interruption = Interruption()
+    interruption.start()
+    status, error = INTERRUPTED, None
     try:
-        status = run(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write("rgc: interrupted\n")
-        status = INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, or undone: nothing is left to interrupt
+        status, error = outcome(sys.argv[1:])
+        interruption.stop()
+    except BaseException:  # an interrupt, or whatever became of it amid imports and in code of other people
+        interruption.stop()
+        if not interruption.happened:
+            raise
+    if interruption.happened:
+        status, error = INTERRUPTED, "interrupted"
+    if error is not None:
+        print_error(error)
     sys.exit(status)
-
-
-def _interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
-    """An interrupt inside a finalizer or callback would be printed and forgotten: raise it again behind that."""
-    if isinstance(ignored.exc_value, KeyboardInterrupt):
-        # Not at once: in here it would be ignored as well.
-        again = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])
-        again.daemon = True
-        again.start()
-    else:
-        sys.__unraisablehook__(ignored)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; the exit status. Only our own bugs raise."""
     from rgc.cli_output import print_error
 
+    try:
+        status, error = outcome(arguments)
+    except KeyboardInterrupt:
+        status, error = INTERRUPTED, "interrupted"
+    if error is not None:
+        print_error(error)
+    return status
+
+
+def outcome(arguments: Sequence[str]) -> tuple[int, RgcError | str | None]:
+    """Run one command line; the exit status, and what there is to say about it on stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals, and stderr is for our errors
         try:
             # click's own main() would print an empty line of its own when interrupted.
             with cli.make_context("rgc", list(arguments)) as context:
-                return cli.invoke(context) or DONE
+                return cli.invoke(context) or DONE, None
         except click.exceptions.Exit as done:  # --help and --version
-            return done.exit_code
+            return done.exit_code, None
         except click.ClickException as error:
-            print_error(_usage_error(error))
-            return BAD_INPUT
+            return BAD_INPUT, _usage_error(error)
         except InputError as error:
-            print_error(error)
-            return BAD_INPUT
+            return BAD_INPUT, error
         except RgcError as error:
-            print_error(error)
-            return NOT_EQUIVALENT
-        except KeyboardInterrupt:
-            print_error("interrupted")
-            return INTERRUPTED
+            return NOT_EQUIVALENT, error
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RecursionError):
-                print_error("the model is nested too deeply for PyTorch to walk through it")
-            elif is_out_of_memory(error):
-                print_error("that takes more memory than there is, or than --limit memory= allows")
-            else:
-                raise
-            return BAD_INPUT
+                return BAD_INPUT, "the model is nested too deeply for PyTorch to walk through it"
+            if is_out_of_memory(error):
+                return BAD_INPUT, "that takes more memory than there is, or than --limit memory= allows"
+            raise
 
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
