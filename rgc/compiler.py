@@ -32,6 +32,7 @@ from rgc.frontend import TIERS, Capture, capture
 from rgc.ir import Graph
 from rgc.limits import Limits
 from rgc.passbook import resolve
+from rgc.precision import is_precise
 from rgc.proof import TOLERANCE
 from rgc.report import Failure, Firing, Refused, Report, Verification
 from rgc.rewrite import Pass
@@ -490,7 +491,7 @@ def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], pol
     def same(graph: Graph) -> float:
         given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, named)
         with precisely(given):
-            error = output_difference(subject.expected, graph.evaluate(given))
+            error = output_difference(subject.expected, graph.evaluate(given, _own_dtype(subject.proof_example)))
         if not error <= subject.tolerance:
             raise NotEquivalentError(f"the model differs by {error:.1e} of its scale")
         return error
@@ -498,12 +499,19 @@ def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], pol
     return apply(copy_graph(captured.graph), passes, policy, same)
 
 
+def _own_dtype(call: Example) -> torch.dtype | None:
+    """What merged weights, which are in float64, are cast to for a call that cannot be in float64; None if it is."""
+    if is_precise(call.tensors):
+        return None
+    return next((tensor.dtype for tensor in call.tensors if tensor.is_floating_point()), None)
+
+
 def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> Firing | None:
     """The first firing after which the model is wrong in float64, by bisection; None if it is right after all."""
 
     def error_after(count: int) -> tuple[float, list[Firing]]:
         graph, record = _rewritten(subject, captured, passes, replace(policy, limit=count))
-        module = emit(graph, None, copies=False)
+        module = emit(graph, _own_dtype(subject.proof_example), copies=False)
         difference = output_difference(subject.expected, subject.proof_example.run(module))
         _release(module)
         return difference, record.firings
@@ -532,7 +540,7 @@ def _child(
 
     def same(graph: Graph) -> float:
         with precisely(call.tensors):
-            return difference(graph.evaluate(call.cloned().bind(child)))
+            return difference(graph.evaluate(call.cloned().bind(child), _own_dtype(call)))
 
     expected = call.run(copy_model(child, share_parameters=True))
     captured = capture(
@@ -543,7 +551,7 @@ def _child(
     if captured.fixed_size and not fixed:
         raise NotEquivalentError("what it does depends on the size of its input, which the rest may change")
     graph, record = apply(copy_graph(captured.graph), passes, policy, same)
-    module = emit(graph, None)
+    module = emit(graph, _own_dtype(call))
     difference(call.run(module))
     return _Child(captured.graph, graph, record, captured.fixed_size or not _holds_at_any_size(graph)), module
 

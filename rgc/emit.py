@@ -40,6 +40,7 @@ from rgc.operators import (
     Upsample,
     completes,
 )
+from rgc.precision import dtype_in
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 from rgc.tail import AxisSums
 
@@ -492,7 +493,7 @@ class _Emitter:
         return parent
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        dtype = tensor.dtype if self.dtype is None or not tensor.is_floating_point() else self.dtype
+        dtype = tensor.dtype if self.dtype is None else dtype_in(self.dtype, tensor)
         return tensor.detach().to(dtype, copy=self.copies).contiguous()
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.errors import InputError, TraceError
-from rgc.precision import LOW, ReadOnlyModel, precisely
+from rgc.precision import LOW, ReadOnlyModel, dtype_in, precisely
 from rgc.proof import relative_difference
 
 #: Two runs of one model in float64 differ by no more than this: there is no order of summation but one to choose from.
@@ -231,7 +231,8 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False, dtype: torch
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
     copied = _copied(model, memo, dtype)
-    return copied if dtype is None else copied.to(dtype)
+    # nn.Module.to casts complex parameters as well, to a dtype without imaginary parts.
+    return copied if dtype is None else copied._apply(lambda tensor: tensor.to(dtype_in(dtype, tensor)))
 
 
 def same_memory(model: nn.Module) -> nn.Module:
@@ -248,7 +249,7 @@ def _copied(model: nn.Module, memo: dict[int, Any], dtype: torch.dtype | None) -
     for module in model.modules():
         for leaf in tree_flatten([value for name, value in vars(module).items() if not name.startswith("_")])[0]:
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                wanted = leaf.dtype if dtype is None or not leaf.is_floating_point() else dtype
+                wanted = leaf.dtype if dtype is None else dtype_in(dtype, leaf)
                 memo.setdefault(id(leaf), leaf.detach().to(wanted, copy=True))
     return copy.deepcopy(model, memo)
 

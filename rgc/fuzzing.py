@@ -163,11 +163,12 @@ class Tally:
 
 
 def run(
-    examples: int, *, seed: int, most_steps: int, passes: Sequence[Any] | None, progress: Callable[[Tally], None]
-) -> Tally:
+    examples: int, *, seed: int, first: int, most_steps: int, passes: Sequence[Any] | None,
+    progress: Callable[[Tally], None],
+) -> Tally:  # fmt: skip
     """`rgc.testing.fuzz`; ``progress`` is called after each model."""
     tally = Tally()
-    for index in range(examples):
+    for index in range(first, first + examples):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PyTorch says of a model that nobody would write
             recipe, setting = drawn(seed, index, most_steps, passes)

@@ -119,6 +119,7 @@ def fuzz(
     examples: int = 300,
     *,
     seed: int = 0,
+    first: int = 0,
     most_steps: int = 10,
     passes: Sequence[Any] | None = None,
     progress: Callable[[Tally], None] = lambda _: None,
@@ -126,8 +127,9 @@ def fuzz(
     """Compile so many random models, each in a way of its own, and compare with eager PyTorch in float64.
 
     Each is compiled with one of ``passes`` (what `rgc.compile` takes for them; by default every set of built-in ones)
-    and one of the objectives, in float64 or float32. The same ``seed`` draws the same models. A `Fault` among the
-    ``faults`` of the result is as small as it was made, and ``fault.script`` is a Python program that shows it.
+    and one of the objectives, in float64, float32, float16 or bfloat16. The same ``seed`` draws the same models, of
+    which those from number ``first`` on are compiled. A `Fault` among the ``faults`` of the result is as small as it
+    was made, and ``fault.script`` is a Python program that shows it.
 
     >>> tally = fuzz(3, most_steps=2)
     >>> tally.examples, tally.faults
@@ -135,7 +137,7 @@ def fuzz(
     """
     from rgc.fuzzing import run
 
-    return run(examples, seed=seed, most_steps=most_steps, passes=passes, progress=progress)
+    return run(examples, seed=seed, first=first, most_steps=most_steps, passes=passes, progress=progress)
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:

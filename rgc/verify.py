@@ -179,7 +179,7 @@ class Pair:
 
     def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
         deployed = example.cast(self.dtype).to(self.device)
-        original, result = deployed.run(self.original), _run(self.compiled, deployed)
+        original, result = self._run_original(deployed), _run(self.compiled, deployed)
         own, found = (output_difference(expected, _on_cpu(output)) for output in (original, result))
         _require_same_dtypes(original, result)
         worst.own = max(worst.own, own)
@@ -198,6 +198,16 @@ class Pair:
             )
         worst.deployed = max(worst.deployed, found)
         worst.allowed, worst.count = max(worst.allowed, allowed), worst.count + 1
+
+    def _run_original(self, example: Example) -> Any:
+        """What the original makes of an input in the deployed dtype; it has run in float64 already."""
+        try:
+            return example.run(self.original)
+        except Exception as error:  # forward is the user's own and may raise anything
+            name, reason = str(self.dtype).removeprefix("torch."), (str(error).strip().splitlines() or [""])[0][:160]
+            raise InputError(
+                f"the model does not run in {name} on {_describe(example)}: {type(error).__name__}: {reason}"
+            ) from error
 
     def _rounding(self, example: Example, expected: Any) -> float:
         """What rounding in float64 explains: a multiple of how far the last place of inputs and weights moves it."""

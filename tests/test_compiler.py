@@ -9,7 +9,7 @@ import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import rgc
 from rgc.errors import InputError, NotEquivalentError, RgcError
+from rgc.testing import randomize
 
 X = torch.randn(2, 4, 9, 8)
 
@@ -158,6 +159,64 @@ def test_a_model_that_runs_in_its_own_dtype_only_is_proved_in_that_and_says_so()
     (note,) = compiled.report.notes
     assert note.startswith("the model does not run in float64 (") and note.endswith("); proved in float32 instead")
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+SINGLE = torch.eye(8)
+
+
+class InSingle(nn.Module):
+    """Runs in float32 only; and is untraceable as a whole, if it ``branches``."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x) + self.part(x)
+        if self.branches and x.numpy().dtype == "float32" and float(y.detach().sum()) > 1e9:
+            return -y
+        return nn.functional.linear(y, SINGLE)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_model_that_runs_in_single_precision_only_keeps_no_weight_in_float64(branches: bool) -> None:
+    model = randomize(InSingle(branches))
+    x = torch.randn(2, 3, 8, 8)
+    compiled = rgc.compile(model, x, objective="depth")
+    assert compiled.report.tier == ("submodules" if branches else "torch.fx")
+    assert "does not run in float64" in compiled.report.notes[0] and compiled.report.max_error is None
+    assert any(firing.rewrite == "fold_batchnorm" for firing in compiled.report.rewrites)
+    assert {tensor.dtype for tensor in compiled.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Spectral(nn.Module):
+    """A filter of complex weights in the frequencies of the last axis, as in a Fourier layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(3, 1, 5, dtype=torch.complex64))
+        self.rest = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.rest(torch.fft.irfft(torch.fft.rfft(x) * (self.filter * 2), n=x.shape[-1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_weights_stay_complex_in_the_precision_of_the_result(dtype: torch.dtype) -> None:
+    model = randomize(Spectral())
+    x = torch.randn(2, 3, 8, 8)
+    compiled = rgc.compile(model, x, dtype=dtype)
+    assert compiled.report.max_error is not None and not compiled.report.failures
+    assert [each.rewrite for each in compiled.report.rewrites] == ["fold_batchnorm"]
+    assert compiled(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(compiled(x.to(dtype)).float(), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dtype_that_the_model_does_not_run_in_is_refused() -> None:
+    with pytest.raises(InputError, match="the model does not run in bfloat16 on an input of 2x3x8x8: .*"):
+        rgc.compile(randomize(Spectral()), torch.randn(2, 3, 8, 8), dtype=torch.bfloat16)
 
 
 def test_an_empty_model_compiles_to_nothing() -> None:
