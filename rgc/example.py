@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -231,8 +231,10 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False, dtype: torch
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
     copied = _copied(model, memo, dtype)
+    if dtype is None:
+        return copied
     # nn.Module.to casts complex parameters as well, to a dtype without imaginary parts.
-    return copied if dtype is None else copied._apply(lambda tensor: tensor.to(dtype_in(dtype, tensor)))
+    return cast(nn.Module, copied._apply(lambda tensor: tensor.to(dtype_in(dtype, tensor))))  # type: ignore[no-untyped-call]
 
 
 def same_memory(model: nn.Module) -> nn.Module:
