@@ -458,7 +458,7 @@ def test_an_artifact_larger_than_the_memory_is_not_read(fails: Fails, compiled: 
     arguments = ("verify", "model.pt", str(compiled / "model.pt2"), *SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rgc.cli.process_within", lambda _: contextlib.nullcontext())  # which would stop it before
-        assert "is larger than the 0.0 MiB that are read (--limit memory=)" in fails(
+        assert "is larger than the 1.0 KiB that are read (--limit memory=)" in fails(
             *arguments, "--limit", "memory=1KiB"
         )
 
