@@ -26,14 +26,14 @@ CALLS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "hardswish": (nn.Hardswish, ()), "hardtanh": (nn.Hardtanh, ("min_val", "max_val")),
     "softplus": (nn.Softplus, ("beta", "threshold")), "softsign": (nn.Softsign, ()), "tanh": (nn.Tanh, ()),
     "tanhshrink": (nn.Tanhshrink, ()), "softshrink": (nn.Softshrink, ("lambd",)),
-    "hardshrink": (nn.Hardshrink, ("lambd",)), "logsigmoid": (nn.LogSigmoid, ()), "sigmoid": (nn.Sigmoid, ()),
+    "hardshrink": (nn.Hardshrink, ("lambd",)), "log_sigmoid": (nn.LogSigmoid, ()), "sigmoid": (nn.Sigmoid, ()),
     "hardsigmoid": (nn.Hardsigmoid, ()),
 }  # fmt: skip
 
 #: With a minimum of 0 and no maximum these are a ReLU.
 CLAMPS = ("clamp", "clamp_min", "clip")
 
-_LAYERS = (*(layer for layer, _ in CALLS.values()), nn.PReLU, nn.RReLU, nn.Threshold)
+_LAYERS: tuple[type[nn.Module], ...] = (*(layer for layer, _ in CALLS.values()), nn.PReLU, nn.RReLU, nn.Threshold)
 _TIMM = ("timm.layers.activations", "timm.layers.activations_me")
 _FADING = (DecayedActivation, DecayedLeakyReLU)
 
@@ -216,5 +216,3 @@ class _ShallowTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> _Value:
         return _Value(node, self)
-
-

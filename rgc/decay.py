@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ class DecayedActivation(nn.Module):
     ``x`` may have any shape; the result has the same one. ``decay`` is a 0-dim float buffer: it is saved in the
     state dict and moves with the module. The input is never overwritten. An activation that works in place is
     refused: ``activation(x)`` would replace ``x`` before the blend reads it, and the blend would be the plain
-    activation at every ``decay``.
+    activation at every ``decay``. Values must be finite (0 times infinity is not a number).
+
+    takes_plain_state: load also the state dict of the activation alone, in whose place this one stands; it leaves the
+    decay as it is.
 
     Raises ``InputError`` for an activation that works in place, and for a ``value`` outside [0, 1].
 
@@ -34,8 +37,9 @@ class DecayedActivation(nn.Module):
     """
 
     decay: Tensor  # 0-dim
+    takes_plain_state: bool = False  # also of what was pickled before there was a choice
 
-    def __init__(self, activation: nn.Module, value: float = 0.0) -> None:
+    def __init__(self, activation: nn.Module, value: float = 0.0, *, takes_plain_state: bool = False) -> None:
         super().__init__()
         for name, module in activation.named_modules(prefix="activation"):
             if getattr(module, "inplace", False):
@@ -44,7 +48,17 @@ class DecayedActivation(nn.Module):
                     f"build it with inplace=False"
                 )
         self.activation = activation
+        self.takes_plain_state = takes_plain_state
         self.register_buffer("decay", torch.tensor(_checked_decay(value)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # As torch.nn.BatchNorm2d does for checkpoints that are older than one of its buffers.
+        if self.takes_plain_state:
+            state_dict.setdefault(f"{prefix}decay", self.decay)
+            for name in self.activation.state_dict():
+                if f"{prefix}{name}" in state_dict:
+                    state_dict[f"{prefix}activation.{name}"] = state_dict.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         activated: Tensor = self.activation(x)

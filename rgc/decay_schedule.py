@@ -44,7 +44,7 @@ class DecayGroup:
             raise InputError(f"a group of activations is a predicate or a list of paths; write [{self.which!r}]")
         if not 0.0 <= self.start < self.stop <= 1.0:
             raise InputError(
-                f"a decay runs between two fractions of all steps, 0 <= start < stop <= 1; got {self.start}, {self.stop}"
+                f"a decay runs between fractions of all steps, 0 <= start < stop <= 1; got {self.start}, {self.stop}"
             )
 
     def decay_at(self, step: int, total_steps: int) -> float:
@@ -63,9 +63,9 @@ class DecaySchedule:
 
     Used as a scheduler of ``torch.optim.lr_scheduler`` is: made before training, it sets the decay of step 0; call
     ``step()`` after each step (or each epoch, if ``total_steps`` counts epochs) of the optimizer. After
-    ``total_steps`` steps every decay is exactly 1.0, in every dtype, and stays so. What is trained after that is trained
-    as the network that will be deployed, so let ``total_steps`` be less than all steps (VanillaNet, arXiv 2305.12972,
-    decays over the first part of its epochs only).
+    ``total_steps`` steps every decay is exactly 1.0, in every dtype, and stays so. What is trained after that is the
+    network that will be deployed, so let ``total_steps`` be less than all steps (VanillaNet, arXiv 2305.12972, decays
+    over the first part of its epochs only).
 
     curve: "cosine", (1 - cos(pi t)) / 2, slow at both ends, or "linear". start: the fraction of the steps that passes
     before anything decays. groups: what decays when, in place of ``curve`` and ``start``; what is in none of them is

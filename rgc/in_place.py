@@ -74,7 +74,9 @@ def _reader(node: fx.Node, site: Site, forward: Forward) -> str:
     while True:
         later = [user for user in value.users if user is not last and position[user] > position[last]]
         if later:
-            return f"{site.path} works in place, and {value.name}, which it overwrites, is read again by {later[0].name}"
+            return (
+                f"{site.path} works in place, and {value.name}, which it overwrites, is read again by {later[0].name}"
+            )
         if _is_fresh(value, forward.module):
             return ""
         if not _passes_on(value, forward.module) or not value.all_input_nodes:

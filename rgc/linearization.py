@@ -80,9 +80,7 @@ def _with_activation_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def _chosen(
-    which: Which | None, sites: Mapping[str, Site], traced: Mapping[str, Forward], model: str
-) -> list[str]:
+def _chosen(which: Which | None, sites: Mapping[str, Site], traced: Mapping[str, Forward], model: str) -> list[str]:
     if isinstance(which, str):
         raise InputError(f"linearize: which is a predicate or a list of paths; write [{which!r}]")
     if which is None:
@@ -151,19 +149,9 @@ def _decayed(layer: nn.Module, model: nn.Module) -> DecayedActivation:
     for module in layer.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]  # a flag, which an attribute's type does not tell
-    decayed = DecayedActivation(layer).train(layer.training)
-    decayed.register_load_state_dict_pre_hook(fill_in)
+    decayed = DecayedActivation(layer, takes_plain_state=True).train(layer.training)
     tensor = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     return decayed if tensor is None else decayed.to(device=tensor.device, dtype=tensor.dtype)
-
-
-def fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict of the model without decays is loaded: its names, and the decay as it is."""
-    assert isinstance(module, DecayedActivation)
-    state_dict.setdefault(f"{prefix}decay", module.decay)
-    for name in module.activation.state_dict():
-        if f"{prefix}{name}" in state_dict and f"{prefix}activation.{name}" not in state_dict:
-            state_dict[f"{prefix}activation.{name}"] = state_dict.pop(f"{prefix}{name}")
 
 
 def _with_decays(forward: Forward, sites: list[Site], model: nn.Module) -> fx.GraphModule:

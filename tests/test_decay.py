@@ -152,3 +152,48 @@ def test_the_leaky_relu_form_can_be_exported_and_compiles_to_a_leaky_relu() -> N
     torch.testing.assert_close(exported(x), model(x))
     slopes = [m.negative_slope for m in rgc.compile(model, x).modules() if isinstance(m, nn.LeakyReLU)]
     assert slopes == [0.25]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", [lambda value: DecayedActivation(nn.SiLU(), value), DecayedLeakyReLU])
+def test_first_and_second_derivatives_are_right(kind: type[DecayedLeakyReLU], value: float) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    module = kind(value).double()
+    assert torch.autograd.gradcheck(module, x)
+    assert torch.autograd.gradgradcheck(module, x)
+
+
+def test_torch_compile_makes_one_graph_that_stays_while_the_decay_changes(x: torch.Tensor) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), DecayedActivation(nn.GELU()), DecayedLeakyReLU())
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for value in (0.0, 0.5, 1.0):
+        set_decay(compiled, value)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
+    assert torch.equal(compiled(x), model[0](x))
+
+
+def test_a_blend_can_be_exported_and_stays_in_the_dtype_of_autocast(x: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), DecayedActivation(nn.GELU(), 0.5), DecayedLeakyReLU(0.5))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_one_that_stands_in_place_of_an_activation_loads_the_state_of_that() -> None:
+    plain = nn.Sequential(nn.PReLU(3, init=0.7))
+    model = nn.Sequential(DecayedActivation(nn.PReLU(3), 0.5, takes_plain_state=True))
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model[0].activation.weight, plain[0].weight)
+    assert model[0].decay == 0.5
+    again = nn.Sequential(DecayedActivation(nn.PReLU(3), takes_plain_state=True))
+    again.load_state_dict(model.state_dict())
+    assert again[0].decay == 0.5
+    with pytest.raises(RuntimeError, match=r"Missing key.* \"0\.decay\""):
+        nn.Sequential(DecayedActivation(nn.PReLU(3))).load_state_dict(plain.state_dict())
