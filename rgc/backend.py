@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from rgc.compiler import CompiledModule, Options, compile_with
 from rgc.cost import OBJECTIVES
 from rgc.errors import InputError, RgcError
-from rgc.example import Example
+from rgc.example import Example, unchanged_generators
 from rgc.passbook import resolve
 from rgc.report import Report
 from rgc.verify import require_level
@@ -149,7 +149,7 @@ class _LiveGraph:
     def __init__(self, graph: fx.GraphModule, settings: Settings) -> None:
         self._graph, self._settings = graph, settings
         self._inputs = _Inputs.of(graph)
-        self._merged: dict[tuple[int, ...], _Merged] = {}
+        self._merged: dict[tuple[Any, ...], _Merged] = {}
         self._unchanged: Runner | None = None
         self._changes = 0
         self.__name__ = "rgc"  # which dynamo prints
@@ -158,14 +158,13 @@ class _LiveGraph:
         if self._unchanged is not None:
             return self._unchanged(*inputs)
         weights = [inputs[index] for index in self._inputs.weights]
-        key = tuple(map(id, weights))
+        numbers = {index: _number(inputs[index]) for index in self._inputs.numbers}
+        key = (*map(id, weights), *numbers.values())
         merged = self._merged.get(key)
-        if merged is not None and not merged.holds_for(weights):
-            self._changes += merged.are_alive
-            merged = None
-        if merged is None:
-            self._merged = {other: each for other, each in self._merged.items() if each.are_alive and other != key}
-            made = self._merge(weights, inputs)
+        if merged is None or not merged.holds_for(weights):
+            self._merged = {other: each for other, each in self._merged.items() if each.are_alive}
+            self._changes += any(other[: len(weights)] == key[: len(weights)] for other in self._merged)
+            made = self._merge(weights, numbers, inputs)
             if isinstance(made, str):
                 return self._leave(made)(*inputs)
             merged = self._merged[key] = made
@@ -179,15 +178,13 @@ class _LiveGraph:
         self._unchanged = self._in_inner_backend(self._graph)
         return self._unchanged
 
-    def _merge(self, weights: list[Tensor], inputs: Sequence[Any]) -> _Merged | str:
+    def _merge(self, weights: list[Tensor], numbers: Mapping[int, Any], inputs: Sequence[Any]) -> _Merged | str:
         """The graph with these weights, merged; or why it is not: empty where there is nothing to merge."""
         if self._changes >= MOST_CHANGES:
-            return f"its weights have changed {self._changes} times since it was first merged"
-        if self._inputs.unknown:
-            return f"its input {self._inputs.unknown} is a number that is no size of another input"
-        with torch.inference_mode(False), torch.no_grad():
+            return f"its weights, or numbers in it, have changed {self._changes} times since it was first merged"
+        with torch.inference_mode(False), torch.no_grad(), unchanged_generators():
             copies = [weight.detach().clone() for weight in weights]
-            closed = self._inputs.closed(self._graph, copies)
+            closed = self._inputs.closed(self._graph, copies, numbers)
             tensors = [inputs[index].detach().clone() for index in self._inputs.tensors]
             try:
                 reason, kept = _effects(closed, tensors, copies)
@@ -201,8 +198,8 @@ class _LiveGraph:
         if dynamic and _checks_sizes(compiled):
             return "it is called with inputs of several sizes, and can be traced for one size only"
         if not compiled.report.rewrites:
-            return ""
-        with torch.inference_mode(False), torch.no_grad():
+            return "; ".join(compiled.report.notes)
+        with torch.inference_mode(False), torch.no_grad(), unchanged_generators():
             if _effects(compiled, tensors, copies)[1] != kept:
                 return "an output is the memory of an input in the one and not in the other form"
         self._settings.report(compiled.report)
@@ -277,53 +274,71 @@ def _checks_sizes(compiled: CompiledModule) -> bool:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the placeholders of a graph are, by position: weights, other tensors, and sizes of those tensors.
+    """What the placeholders of a graph are, by position: weights, other tensors, sizes of those, and numbers.
 
-    ``sizes`` has, for each placeholder that is a size and used, the placeholder and axis that it is the size of.
+    ``sizes`` has, for each placeholder that is a size and used, the placeholder and axis of which it is one. Numbers
+    that are none (dynamo passes an ``eps`` as a tensor that is only asked for its item) are constants while they last.
     """
 
     weights: tuple[int, ...]
     tensors: tuple[int, ...]
     sizes: Mapping[int, tuple[int, int]]
-    unknown: str
+    numbers: tuple[int, ...]
     is_dynamic: bool
 
     @staticmethod
     def of(graph: fx.GraphModule) -> _Inputs:
         nodes = graph.graph.find_nodes(op="placeholder")
         values = [node.meta.get("example_value") for node in nodes]
-        is_tensor = [isinstance(value, Tensor) for value in values]
-        weights = tuple(index for index, node in enumerate(nodes) if is_tensor[index] and _is_weight(node))
-        tensors = tuple(index for index in range(len(nodes)) if is_tensor[index] and index not in weights)
-        sizes, unknown = {}, ""
-        for index, (node, value) in enumerate(zip(nodes, values, strict=True)):
-            if is_tensor[index] or not node.users:
-                continue
+        numeric = [_is_number(node) for node in nodes]
+        weights = tuple(index for index, node in enumerate(nodes) if not numeric[index] and _is_weight(node))
+        tensors = tuple(index for index in range(len(nodes)) if not numeric[index] and index not in weights)
+        sizes: dict[int, tuple[int, int]] = {}
+        for index, value in enumerate(values):
             places = [(t, axis) for t in tensors for axis, size in enumerate(values[t].shape) if _same(size, value)]
-            if places:
+            if numeric[index] and nodes[index].users and places:
                 sizes[index] = places[0]
-            else:
-                unknown = node.name
+        used = [index for index, node in enumerate(nodes) if numeric[index] and node.users]
+        numbers = tuple(index for index in used if index not in sizes)
         symbols = [size for t in tensors for size in values[t].shape if isinstance(size, torch.SymInt)]
-        return _Inputs(weights, tensors, sizes, unknown, bool(symbols or sizes))
+        return _Inputs(weights, tensors, sizes, numbers, bool(symbols or sizes))
 
-    def closed(self, graph: fx.GraphModule, weights: Sequence[Tensor]) -> fx.GraphModule:
-        """The graph as a module of its own, with ``weights`` inside: a function of the other tensors."""
+    def closed(self, graph: fx.GraphModule, weights: Sequence[Tensor], numbers: Mapping[int, Any]) -> fx.GraphModule:
+        """The graph as a module of its own, with ``weights`` and ``numbers`` inside: a function of other tensors."""
         nodes = graph.graph.find_nodes(op="placeholder")
         made = fx.Graph()
         attributes: dict[str, Any] = {}
-        copied: dict[fx.Node, fx.Node] = {nodes[index]: made.node_copy(nodes[index]) for index in self.tensors}
+        copied: dict[fx.Node, Any] = {nodes[index]: made.node_copy(nodes[index]) for index in self.tensors}
         for index, weight in zip(self.weights, weights, strict=True):
             attributes[nodes[index].name] = weight
             copied[nodes[index]] = made.get_attr(nodes[index].name)
         for index, (tensor, axis) in self.sizes.items():
             copied[nodes[index]] = made.call_method("size", (copied[nodes[tensor]], axis))
+        for index, number in numbers.items():
+            items = [user for user in nodes[index].users if _asks_for_item(user)]
+            copied.update(dict.fromkeys([nodes[index], *items], number))
         for node in graph.graph.nodes:
+            if node in copied:
+                continue
             if node.op in ("get_attr", "call_module"):
                 attributes[str(node.target)] = _attribute(graph, str(node.target))
             if node.op != "placeholder":
                 copied[node] = made.node_copy(node, lambda used: copied[used])
         return fx.GraphModule(attributes, made).eval()
+
+
+def _is_number(node: fx.Node) -> bool:
+    if not isinstance(node.meta.get("example_value"), Tensor):
+        return True
+    return node.meta["example_value"].dim() == 0 and bool(node.users) and all(map(_asks_for_item, node.users))
+
+
+def _asks_for_item(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "item"
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _is_weight(node: fx.Node) -> bool:
