@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ def load_data(archive: Path, folder: Path, console: Console) -> Data:
 
 
 def _decoded(archive: Path, console: Console) -> Data:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from PIL import Image
 
     images: dict[str, list[Tensor]] = {"train": [], "test": []}
     names: dict[str, list[str]] = {"train": [], "test": []}
@@ -125,8 +126,8 @@ def _decoded(archive: Path, console: Console) -> Data:
             if member.isfile() and part in images and file.endswith(".jpg"):
                 content = opened.extractfile(member)
                 assert content is not None  # it is a file
-                code = torch.frombuffer(bytearray(content.read()), dtype=torch.uint8)
-                images[part].append(decode_jpeg(code, mode=ImageReadMode.RGB))
+                pixels = np.array(Image.open(content).convert("RGB"))  # [height, width, 3]
+                images[part].append(torch.from_numpy(pixels).permute(2, 0, 1))
                 names[part].append(name)
     if not images["train"] or not images["test"]:
         raise rgc.InputError(f"{archive} has no train/CLASS/*.jpg or no test/CLASS/*.jpg")
@@ -529,6 +530,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--teacher {options.teacher} is no file")
     if min(options.epochs, options.batch) < 1 or not 0 < options.decay_until <= 1:
         parser.error("--epochs and --batch are at least 1, and --decay-until lies in (0, 1]")
+    if find_spec("PIL") is None:
+        parser.error("decoding the images needs pillow: pip install 'rgc[examples]'")
     if options.figure and find_spec("matplotlib") is None:
         parser.error("the figure needs matplotlib: pip install 'rgc[examples]', or give --no-figure")
     return options
