@@ -72,11 +72,13 @@ def _reader(node: fx.Node, site: Site, forward: Forward) -> str:
     position = {each: index for index, each in enumerate(node.graph.nodes)}
     value, last = node.all_input_nodes[0], node
     while True:
-        later = [user for user in value.users if user is not last and position[user] > position[last]]
+        others = [user for user in value.users if user is not last]
+        later = [user.name for user in others if position[user] > position[last]]
         if later:
-            return (
-                f"{site.path} works in place, and {value.name}, which it overwrites, is read again by {later[0].name}"
-            )
+            return f"{site.path} works in place, and {value.name}, which it overwrites, is read again by {later[0]}"
+        views = [each.name for each in others if not (_is_fresh(each, forward.module) or _asks_for_size(each))]
+        if views:
+            return f"{site.path} overwrites {value.name}, of which {views[0]} may be a view that is read again"
         if _is_fresh(value, forward.module):
             return ""
         if not _passes_on(value, forward.module) or not value.all_input_nodes:
@@ -88,6 +90,11 @@ def _is_fresh(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         return _makes_anew(module.get_submodule(str(node.target)))
     return node.op == "call_function" and node.target not in _PASSING and called(node) in _FRESH
+
+
+def _asks_for_size(node: fx.Node) -> bool:
+    name = str(node.args[1]) if node.target is getattr and len(node.args) > 1 else called(node)
+    return name in ("shape", "size", "dim", "ndim", "numel", "dtype", "device")
 
 
 def _passes_on(node: fx.Node, module: nn.Module) -> bool:
