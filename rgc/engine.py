@@ -545,6 +545,7 @@ def _run_graph_passes(
             changed = _changed_by(each, graph)
             if _state(changed) == before:
                 continue
+            added = _require_gain_of(policy, [value for value, _, _ in before[0]], changed.nodes())
             error = _checked(changed, same)
         except Refusal as refusal:
             record.refusals[(each.name, None)] = refusal.reason
@@ -553,12 +554,26 @@ def _run_graph_passes(
             record.fail(each.name, None, str(failure))
             graph = backup
         else:
-            summary = f"{len(backup)} -> {len(changed)} values"
-            remaining = _paths(changed)
-            lost = tuple(path for path in _paths(backup) if path not in remaining)
-            record.firings.append(Firing(each.name, "model", "exact", error, (summary,), lost))
+            result = f"{len(backup)} -> {len(changed)} values", *(value.op.label for value in added)
+            record.firings.append(Firing(each.name, "model", "exact", error, result, _touched(backup, changed, added)))
             graph = changed
     return graph
+
+
+def _require_gain_of(policy: Policy, before: list[Value], after: list[Value]) -> list[Value]:
+    """The operators that are new in a changed graph; a `Refusal` where the change does not pay."""
+    old, new = set(before), set(after)
+    dying, added = [value for value in before if value not in new], [value for value in after if value not in old]
+    require_gain(policy, dying, added, None)
+    known = {id(value.op) for value in dying}
+    return [value for value in added if id(value.op) not in known]
+
+
+def _touched(before: Graph, after: Graph, added: list[Value]) -> tuple[str, ...]:
+    """The paths that are gone, and those of the operators that are new."""
+    remaining = _paths(after)
+    lost = (path for path in _paths(before) if path not in remaining)
+    return tuple(dict.fromkeys([*lost, *(path for value in added for path in value.origin.paths)]))
 
 
 def _paths(graph: Graph) -> dict[str, None]:
