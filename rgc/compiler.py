@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -14,7 +16,8 @@ from torch.fx.graph import PythonCode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from rgc.cost import OBJECTIVES, Objective, macs, target_named
+from rgc.cost import CPU, OBJECTIVES, Objective, macs, target_named
+from rgc.decisions import Decisions
 from rgc.emit import emit, narrow, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
@@ -110,32 +113,70 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rewrites of one compilation, to be applied to other checkpoints of the same model."""
+    """The decisions of one compilation, to be applied to other checkpoints of the same model without a search.
+
+    firings: the rewrites that were made, each with where. decisions: what was found to pay, and what not, on
+    ``target``; nothing is weighed again when they are applied, so the machine may be another.
+    """
 
     source: nn.Module = field(repr=False)
     example: Example = field(repr=False)
     options: Options
-    decisions: tuple[tuple[str, str], ...]
+    target: str
+    firings: tuple[tuple[str, str], ...]
+    decisions: Decisions = field(repr=False)
 
-    def apply(self, state_dict: dict[str, Tensor]) -> CompiledModule:
-        """The same model with the weights of ``state_dict``, through the same rewrites.
+    def apply(self, state_dict: Mapping[str, Tensor]) -> CompiledModule:
+        """The same model with the weights of ``state_dict``, through the same rewrites, and proved as ever.
 
-        Raises `InputError` where the weights do not fit, `NotEquivalentError` where a decision no longer holds.
+        The result is, bit for bit, what compiling that checkpoint afresh would give. Where it would be another, because
+        a decision does not hold (a slope that was 1) or because the checkpoint allows what was never decided (a bias
+        that is zero now), `NotEquivalentError` names it. Raises `InputError` where the weights do not fit the model.
         """
         model = copy_model(self.source)
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             raise InputError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:300]}") from error
-        compiled = compile_with(model, self.example, self.options)
-        found = tuple((firing.rewrite, firing.where) for firing in compiled.report.rewrites)
-        lost = [decision for decision in self.decisions if decision not in found]
-        if lost:
-            reasons = {(refused.rewrite, refused.where): refused.reason for refused in compiled.report.refusals}
-            name, where = lost[0]
-            reason = reasons.get(lost[0], "it does not match any more")
-            raise NotEquivalentError(f"{name} at {where} does not hold for this checkpoint: {reason}")
+        decisions = self.decisions.closed()
+        compiled = compile_with(model, self.example, self.options, decisions=decisions, decided_for=self.target)
+        self._require_kept(compiled.report)
+        if decisions.undecided:
+            first = decisions.undecided[0]
+            raise NotEquivalentError(
+                f"{first.subject} at {first.where}: this checkpoint allows what the plan has not decided; "
+                "compile it afresh"
+            )
         return compiled
+
+    def _require_kept(self, report: Report) -> None:
+        """`NotEquivalentError` for the first rewrite of the plan that was not made."""
+        made = Counter((firing.rewrite, firing.where) for firing in report.rewrites)
+        lost = next(iter(Counter(self.firings) - made), None)
+        if lost is None:
+            return
+        said: list[Refused | Failure] = [*report.refusals, *report.failures]
+        reasons = {(each.rewrite, each.where): each.reason for each in said}
+        # what another rewrite did there, or did not, may have taken the place of the match
+        reason = reasons.get(lost, "it does not match any more")
+        raise NotEquivalentError(f"{lost[0]} at {lost[1]} does not hold for this checkpoint: {reason}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, without any weights; `InputError` where it cannot be written."""
+        from rgc.plan_file import write_plan
+
+        write_plan(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, passes: Sequence[Any] = ()) -> Plan:
+        """Read what `save` wrote, for the ``model`` that it was made for, with weights of any kind.
+
+        passes: your own, where the plan names some: pass objects, or files and modules of passes. Raises `InputError`
+        for a damaged file, a model of other layers or shapes, and a pass that is not known.
+        """
+        from rgc.plan_file import read_plan
+
+        return read_plan(Path(path), model, passes)
 
 
 def compile(
@@ -307,8 +348,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
-def compile_with(model: nn.Module, example: Example, options: Options) -> CompiledModule:
-    """`compile` with everything said: the model is in eval mode and the example is a call of it."""
+def compile_with(
+    model: nn.Module, example: Example, options: Options, *, decisions: Decisions | None = None, decided_for: str = ""
+) -> CompiledModule:
+    """`compile` with everything said: the model is in eval mode and the example is a call of it.
+
+    decisions: those of a plan, made for the target ``decided_for``; by default they are made now.
+    """
     started = time.perf_counter()
     passes, fixed = resolve(options.passes)
     fixed = fixed if options.fixed_size is None else options.fixed_size
@@ -317,16 +363,18 @@ def compile_with(model: nn.Module, example: Example, options: Options) -> Compil
     example = example.cast(own_dtype)
     options.limits.require_size(model, type(model).__name__)
     require_definite(model, example)
+    target = target_named(options.target, dtype) if decisions is None else replace(CPU, name=decided_for)
     policy = Policy(
-        options.objective, target_named(options.target, dtype),
-        limits=options.limits, deadline=started + options.limits.seconds,
+        options.objective, target,
+        limits=options.limits, deadline=started + options.limits.seconds, decisions=decisions or Decisions(),
     )  # fmt: skip
     with unchanged_generators():
         subject = _Subject.of(model, example, own_dtype)
         captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
     report = _report(subject, captured, attempt, children, policy, passes, started)
-    decisions = tuple((firing.rewrite, firing.where) for firing in attempt.record.firings)
-    plan = Plan(copy_model(model, share_parameters=True), example, options, decisions)
+    firings = tuple((firing.rewrite, firing.where) for firing in report.rewrites)
+    source = copy_model(model, share_parameters=True)
+    plan = Plan(source, example, options, target.name, firings, policy.decisions)
     return CompiledModule.of(attempt.module, report, plan, example.cast(dtype))
 
 
