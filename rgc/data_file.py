@@ -63,7 +63,12 @@ def _of_torch(path: Path, file: IO[bytes], limits: Limits) -> Any:
     if not is_archive(file):
         raise InputError(f"{path}: is no archive of torch.save, or is cut off; save the inputs again")
     _require_harmless(path, file, limits)
-    found = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message is a page about how to run the file all the same
+        raise InputError(
+            f"{path}: holds more than tensors and plain containers, or is damaged; save the inputs alone"
+        ) from error
     leaves = tree_leaves(found)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise InputError(f"{path}: holds no tensor; save a tensor, a tuple of them or a dict of keyword arguments")
