@@ -56,7 +56,10 @@ def samples_of(data: Any, example: Example, model: nn.Module) -> tuple[Sample, .
     Raises `InputError` for data of another form, without samples, of different numbers of them, or with NaN.
     """
     call = _call(data)
-    given, wanted = call.bind(model), example.bind(model)
+    try:
+        given, wanted = call.bind(model), example.bind(model)
+    except InputError as error:
+        raise InputError(str(error).replace("the example does", "the data do")) from error
     if given.keys() != wanted.keys():
         names = ", ".join(given.keys() ^ wanted.keys())
         raise InputError(f"the data and the example are calls of different arguments ({names})")

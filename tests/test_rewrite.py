@@ -263,3 +263,18 @@ def _region_inside() -> Any:
 def test_a_malformed_rewrite_is_refused_when_it_is_written(write: Callable[[], Any], problem: str) -> None:
     with pytest.raises(GraphError, match=f"rewrite bad: {problem}"):
         write()
+
+
+def test_a_pass_is_pickled_as_where_it_is_found_and_copied_as_itself() -> None:
+    from rgc.passes import hygiene
+
+    for each in (merge_pointwise, hygiene):
+        assert pickle.loads(pickle.dumps(each)) is each and copy.deepcopy(each) is each
+
+    @rewrite(lambda x, conv: conv(x))
+    def local(x: Value, conv: Conv) -> Value:
+        return conv(x)
+
+    with pytest.raises(pickle.PicklingError, match="the pass local is not .*local, where unpickling would look"):
+        pickle.dumps(local)
+    assert copy.deepcopy(local) is local
