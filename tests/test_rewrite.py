@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Annotated, Any, Union
 
@@ -10,6 +12,7 @@ import torch
 
 from rgc import Activation, Add, AvgPool, Conv, Graph, GraphError, Join, Multiply, Region, Scale, Value, rewrite
 from rgc.ir import Input, TensorType
+from rgc.passes import hygiene, merge_pointwise
 from rgc.region import affine_regions
 from rgc.rewrite import Rewrite, graph_pass, observed, unread_geometry
 
@@ -266,8 +269,6 @@ def test_a_malformed_rewrite_is_refused_when_it_is_written(write: Callable[[], A
 
 
 def test_a_pass_is_pickled_as_where_it_is_found_and_copied_as_itself() -> None:
-    from rgc.passes import hygiene
-
     for each in (merge_pointwise, hygiene):
         assert pickle.loads(pickle.dumps(each)) is each and copy.deepcopy(each) is each
 
