@@ -6,7 +6,7 @@ and what it holds may take the batch of its example and no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rgc.compiler import device_of, floating_dtype
+from rgc.data import Sample
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, copy_model
 from rgc.onnx_artifact import OnnxModel
@@ -31,11 +32,18 @@ _ONNX_DTYPES = {
 }
 
 
-def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level: Level = "quick") -> Verification:
-    """Hold ``artifact``, in its own dtype, against the float64 ``original`` on the example and on drawn inputs.
+def compare(
+    original: nn.Module,
+    artifact: nn.Module,
+    example: Example,
+    *,
+    level: Level = "quick",
+    samples: Sequence[Sample] = (),
+) -> Verification:
+    """Hold ``artifact``, in its own dtype, against the float64 ``original`` on example, drawn inputs and ``samples``.
 
     Drawn batches that the artifact refuses to take are left out: it is then not wrong, but made for one batch size.
-    Raises `InputError` where one of the two cannot run the example; a difference is returned, not raised.
+    Raises `InputError` where one of the two cannot run the example or a sample; a difference is returned, not raised.
     """
     example = example.to(torch.device("cpu"))
     dtype, device = _dtype_of(artifact, original, example), device_of(artifact)
@@ -54,11 +62,14 @@ def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level
             accepted[_shapes(drawn)] = _takes(artifact, drawn.cast(dtype).to(device))
         return accepted[_shapes(drawn)]
 
+    refused = next((sample for sample in samples if not accepts(sample.example)), None)
+    if refused is not None:
+        raise InputError(f"the artifact does not take {_describe(refused.example)} ({refused.name})")
     deployed = _flat(copy_model(original, dtype=dtype).to(device))
     precise = _flat(reference) if precision == torch.float64 else None
     pair = Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
     try:
-        return pair.check(example, level=level, free_sizes=False)
+        return pair.check(example, level=level, free_sizes=False, samples=samples)
     except NotEquivalentError as error:
         return _different(level, str(error))
 

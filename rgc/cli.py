@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -149,6 +150,11 @@ _LEVEL = click.option(
     "--verify", "level", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
     help="How many inputs the proof draws.",
 )  # fmt: skip
+_DATA = click.option(
+    "--data", metavar="FILE.pt|.npz",
+    help="Inputs of your own for the proof, beside those that it draws: arguments of the model, by position or by "
+    "name, with any number of samples along the first axis.",
+)  # fmt: skip
 
 
 @cli.command(
@@ -160,6 +166,9 @@ Examples:
   rgc compile model.pt --passes all,-collapse --input 1x3x224x224
   rgc compile model.pt --output model.onnx --report report.json
   rgc compile weights.safetensors --arch torchvision.models:resnet18
+  rgc compile model.pt --data inputs.pt --bisect
+  rgc compile model.pt --save-plan plan.json
+  rgc compile next_checkpoint.pt --plan plan.json
   rgc compile zoo:repvgg_a0 --objective depth --format python""",
 )
 @click.argument("model")
@@ -187,6 +196,19 @@ Examples:
 @click.option("--report", metavar="FILE.json", help="Write the report here as well.")
 @_options(_LEVEL)
 @click.option("--strict", is_flag=True, help="Stop at the first rewrite whose check fails, instead of undoing it.")
+@_options(_DATA)
+@click.option(
+    "--bisect",
+    "bisects",
+    is_flag=True,
+    help="Write nothing, but name the rewrite with which the result begins to differ on --data, if it does.",
+)
+@click.option(
+    "--plan",
+    metavar="FILE.json",
+    help="Take the decisions of an earlier compilation, which --save-plan wrote, for other weights of the same model.",
+)
+@click.option("--save-plan", metavar="FILE.json", help="Write the decisions here as well, for --plan.")
 @_options(_EXPLAIN, *_LOADING, _PLUGIN)
 def compile_command(
     model: str,
@@ -199,33 +221,69 @@ def compile_command(
     report: str | None,
     level: Any,
     strict: bool,
+    data: str | None,
+    bisects: bool,
+    plan: str | None,
+    save_plan: str | None,
     where: str | None,
     inputs: tuple[str, ...],
     arch: str | None,
     trust: bool,
     limits: tuple[str, ...],
     plugins: tuple[str, ...],
-) -> None:
+) -> int:
     """Merge what is linear in MODEL, prove the result equal, and write it.
 
     MODEL is a file of torch.save (.pt, .pth), a state dict (also .safetensors) with --arch, or zoo:NAME. The result
     goes to --output, or beside MODEL as MODEL.fused.pt2. Nothing is written unless the result was proved equal.
+
+    With --bisect nothing is written; the exit status is 1 if the result differs from MODEL on --data.
     """
     import torch
 
     from rgc.cli_files import load_original, write
-    from rgc.cli_options import Destination, chosen_passes, example_for, parse_inputs
+    from rgc.cli_options import Destination, chosen_passes, example_for, load_plugin, parse_inputs
     from rgc.cli_output import console, print_written, progress
-    from rgc.compiler import compile, require_eval
+    from rgc.compiler import Plan, bisect, compile, require_eval
     from rgc.explainer import explain
 
+    if bisects:
+        _require_left_out("--bisect", "output", "format_", "report", "strict", "plan", "save_plan", "where")
+        if data is None:
+            raise InputError("--bisect: say with --data FILE on which inputs")
+    if plan is not None:
+        _require_left_out(
+            "--plan", "passes", "objective", "target", "dtype", "level", "strict", "data", "where", "inputs"
+        )  # fmt: skip
     specs, most = parse_inputs(inputs), _held_to(limits)
-    destination = Destination.of(model, output, format_, report)
+    destination = Destination.of(model, output, format_, report, save_plan)
+    rows = None if data is None else _read_data(data, most)
+    if plan is not None:
+        own = [each for plugin in plugins for each in load_plugin(plugin)]
+        with progress(f"loading {model}"):
+            original = load_original(model, arch, trust, most)
+        decided = Plan.load(plan, original, own)
+        with progress(f"compiling {type(original).__name__}"):
+            compiled = decided.apply(original.state_dict())
+        with progress(f"writing {destination.artifact}"):
+            written = write(compiled, destination, model)
+        console().print(compiled.report)
+        print_written(console(), written)
+        return DONE
     chosen = chosen_passes(passes, plugins)
     with progress(f"loading {model}"):
         original = load_original(model, arch, trust, most)
     require_eval(original)
     example = example_for(original, specs)
+    kind = None if dtype is None else getattr(torch, dtype)
+    if bisects:
+        with progress(f"comparing {type(original).__name__} on {data}"):
+            found = bisect(
+                original, example, rows, passes=chosen, objective=objective, target=target, dtype=kind, verify=level,
+                limits=most,
+            )  # fmt: skip
+        console().print(found)
+        return DONE if found.equal else NOT_EQUIVALENT
     explained = None
     if where is not None:  # first, so that a misspelt name is found before the work is done
         with progress(f"looking at {where}"):
@@ -233,7 +291,7 @@ def compile_command(
     with progress(f"compiling {type(original).__name__}"):
         compiled = compile(
             original, example, passes=chosen, objective=objective, target=target,
-            dtype=None if dtype is None else getattr(torch, dtype), verify=level, strict=strict, limits=most,
+            dtype=kind, verify=level, strict=strict, limits=most, data=rows,
         )  # fmt: skip
     with progress(f"writing {destination.artifact}"):
         written = write(compiled, destination, model)
@@ -242,6 +300,7 @@ def compile_command(
     if explained is not None:
         out.print("", explained, "", sep="\n")
     print_written(out, written)
+    return DONE
 
 
 @cli.command(
@@ -306,15 +365,17 @@ def inspect_command(
 Examples:
   rgc verify model.pt model.fused.pt2
   rgc verify model.pt model.onnx --input 1x3x224x224 --verify full
+  rgc verify model.pt model.fused.pt2 --data inputs.npz
   rgc verify zoo:reducenet20 reducenet20.fused/ --trust""",
 )
 @click.argument("original")
 @click.argument("artifact")
-@_options(_LEVEL, *_LOADING)
+@_options(_LEVEL, _DATA, *_LOADING)
 def verify_command(
     original: str,
     artifact: str,
     level: Any,
+    data: str | None,
     inputs: tuple[str, ...],
     arch: str | None,
     trust: bool,
@@ -323,22 +384,27 @@ def verify_command(
     """Compare ARTIFACT (.pt2, .onnx or a folder) with its ORIGINAL; exit status 0 if they are equal, 1 if not.
 
     An .onnx runs in onnxruntime. A folder holds Python code, so it takes --trust, and so does a .pt2 unless it is found
-    to carry nothing that runs when it is loaded.
+    to carry nothing that runs when it is loaded. Which rewrite is to blame for a difference on --data, rgc compile says
+    with --bisect.
     """
     from rgc.artifact_check import compare
     from rgc.cli_files import load_artifact, load_original
     from rgc.cli_options import example_for, parse_inputs
     from rgc.cli_output import console, print_verification, progress
     from rgc.compiler import require_eval
+    from rgc.data import samples_of
 
     specs, most = parse_inputs(inputs), _held_to(limits)
+    rows = None if data is None else _read_data(data, most)
     with progress(f"loading {artifact}"):
         loaded = load_artifact(artifact, trust, most)
     with progress(f"loading {original}"):
         model = load_original(original, arch, trust, most)
     require_eval(model)
+    example = example_for(model, specs)
+    samples = () if rows is None else samples_of(rows, example, model)
     with progress("comparing"):
-        found = compare(model, loaded, example_for(model, specs), level=level)
+        found = compare(model, loaded, example, level=level, samples=samples)
     print_verification(console(), found)
     return DONE if found.equal else NOT_EQUIVALENT
 
@@ -513,6 +579,21 @@ def passes_command(name: str | None, plugins: tuple[str, ...]) -> None:
     else:
         known = {each.name: each for each in (*ALL, *OPT_IN)}
         print_pass(console(), known[name] if name in known else resolve([name])[0][0])
+
+
+def _read_data(path: str, most: Limits) -> Any:
+    from rgc.data_file import read_data
+
+    return read_data(Path(path), most)
+
+
+def _require_left_out(option: str, *names: str) -> None:
+    """`InputError` for what is given beside ``option`` and contradicts it; names are those of the parameters."""
+    context = click.get_current_context()
+    given = [each for each in context.command.params if each.name in names]
+    for each in given:
+        if context.get_parameter_source(each.name or "") is not click.core.ParameterSource.DEFAULT:
+            raise InputError(f"{option}: leave {each.opts[0]} out, which has no meaning beside it")
 
 
 def _held_to(limits: Sequence[str]) -> Limits:

@@ -170,28 +170,36 @@ def _is_image_size(size: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an artifact goes and in which format, and where its report goes, if anywhere."""
+    """Where an artifact goes and in which format, and where its report and its plan go, if anywhere."""
 
     artifact: Path
     format: str
     report: Path | None = None
+    plan: Path | None = None
 
     @classmethod
-    def of(cls, model: str, output: str | None, format: str | None, report: str | None) -> Destination:
-        """What ``--output``, ``--format`` and ``--report`` say for the model of this file or zoo name.
+    def of(
+        cls, model: str, output: str | None, format: str | None, report: str | None, plan: str | None = None
+    ) -> Destination:
+        """What ``--output``, ``--format``, ``--report`` and ``--save-plan`` say for the model of this file or zoo name.
 
         Raises `InputError` where they contradict each other or name a place that cannot be written.
         """
         chosen = _format(output, format)
         path = Path(output) if output is not None else default_output(model, chosen)
-        given = None if report is None else Path(report)
+        given, kept = (None if each is None else Path(each) for each in (report, plan))
         if given is not None and given.suffix != ".json":
             raise InputError(f"--report {report}: this version writes .json reports only")
-        taken = [("the input", Path(model)), *([("the artifact", path)] if given is not None else [])]
-        for option, place in (("--output", path), ("--report", given)):
+        if kept is not None and kept.suffix != ".json":
+            raise InputError(f"--save-plan {plan}: a plan is written as .json")
+        taken = [("the input", Path(model))]
+        for option, place, what in (
+            ("--output", path, "the artifact"), ("--report", given, "the report"), ("--save-plan", kept, "the plan"),
+        ):  # fmt: skip
             if place is not None:
-                _require_writable(option, place, taken[: 1 if option == "--output" else 2])
-        return cls(path, chosen, given)
+                _require_writable(option, place, taken)
+                taken.append((what, place))
+        return cls(path, chosen, given, kept)
 
 
 def default_output(model: str, format: str) -> Path:

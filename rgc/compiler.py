@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -14,7 +17,10 @@ from torch.fx.graph import PythonCode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from rgc.cost import OBJECTIVES, Objective, macs, target_named
+from rgc.attribution import Attribution, first_failing
+from rgc.cost import CPU, OBJECTIVES, Objective, macs, target_named
+from rgc.data import Sample, samples_of
+from rgc.decisions import Decisions
 from rgc.emit import emit, narrow, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
@@ -111,32 +117,72 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rewrites of one compilation, to be applied to other checkpoints of the same model."""
+    """The decisions of one compilation, to be applied to other checkpoints of the same model without a search.
+
+    firings: the rewrites that were made, each with where. decisions: what was found to pay, and what not, on
+    ``target``; nothing is weighed again when they are applied, so the machine may be another. undone: firings that a
+    user's own data have shown to be wrong, which are never made again.
+    """
 
     source: nn.Module = field(repr=False)
     example: Example = field(repr=False)
     options: Options
-    decisions: tuple[tuple[str, str], ...]
+    target: str
+    firings: tuple[tuple[str, str], ...]
+    decisions: Decisions = field(repr=False)
+    undone: tuple[tuple[str, str], ...] = ()
 
-    def apply(self, state_dict: dict[str, Tensor]) -> CompiledModule:
-        """The same model with the weights of ``state_dict``, through the same rewrites.
+    def apply(self, state_dict: Mapping[str, Tensor]) -> CompiledModule:
+        """The same model with the weights of ``state_dict``, through the same rewrites, and proved as ever.
 
-        Raises `InputError` where the weights do not fit, `NotEquivalentError` where a decision no longer holds.
+        The result is, bit for bit, what compiling that checkpoint afresh would give. Where it would be another, because
+        a decision does not hold (a slope that was 1) or because the checkpoint allows what was never decided (a bias
+        that is zero now), `NotEquivalentError` names it. Raises `InputError` where the weights do not fit the model.
         """
         model = copy_model(self.source)
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             raise InputError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:300]}") from error
-        compiled = compile_with(model, self.example, self.options)
-        found = tuple((firing.rewrite, firing.where) for firing in compiled.report.rewrites)
-        lost = [decision for decision in self.decisions if decision not in found]
-        if lost:
-            reasons = {(refused.rewrite, refused.where): refused.reason for refused in compiled.report.refusals}
-            name, where = lost[0]
-            reason = reasons.get(lost[0], "it does not match any more")
-            raise NotEquivalentError(f"{name} at {where} does not hold for this checkpoint: {reason}")
+        decisions = self.decisions.closed()
+        compiled = compile_with(model, self.example, self.options, by=replace(self, decisions=decisions))
+        self._require_kept(compiled.report)
+        if decisions.undecided:
+            first = decisions.undecided[0]
+            raise NotEquivalentError(
+                f"{first.subject} at {first.where}: this checkpoint allows what the plan has not decided; "
+                "compile it afresh"
+            )
         return compiled
+
+    def _require_kept(self, report: Report) -> None:
+        """`NotEquivalentError` for the first rewrite of the plan that was not made."""
+        made = Counter((firing.rewrite, firing.where) for firing in report.rewrites)
+        lost = next(iter(Counter(self.firings) - made), None)
+        if lost is None:
+            return
+        said: list[Refused | Failure] = [*report.refusals, *report.failures]
+        reasons = {(each.rewrite, each.where): each.reason for each in said}
+        # what another rewrite did there, or did not, may have taken the place of the match
+        reason = reasons.get(lost, "it does not match any more")
+        raise NotEquivalentError(f"{lost[0]} at {lost[1]} does not hold for this checkpoint: {reason}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, without any weights; `InputError` where it cannot be written."""
+        from rgc.plan_file import write_plan
+
+        write_plan(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, passes: Sequence[Any] = ()) -> Plan:
+        """Read what `save` wrote, for the ``model`` that it was made for, with weights of any kind.
+
+        passes: your own, where the plan names some: pass objects, or files and modules of passes. Raises `InputError`
+        for a damaged file, a model of other layers or shapes, and a pass that is not known.
+        """
+        from rgc.plan_file import read_plan
+
+        return read_plan(Path(path), model, passes)
 
 
 def compile(
@@ -150,6 +196,7 @@ def compile(
     verify: Level = "quick",
     strict: bool = False,
     limits: Limits | None = None,
+    data: Any = None,
 ) -> CompiledModule:
     """Merge what is linear in ``model`` and prove the result equal; the model itself is never changed.
 
@@ -164,6 +211,8 @@ def compile(
     verify: "quick" or "full", how many inputs are drawn for the proof.
     strict: stop at the first rewrite whose check fails, instead of undoing it.
     limits: how large a model, a kernel and a weight may be, and for how long rewrites are tried.
+    data: inputs of your own for the proof, beside those that it draws: in the form of the example, with any number of
+    samples along the first axis.
 
     Raises `InputError` for what cannot be used and `NotEquivalentError` where no equal result was reached.
 
@@ -181,7 +230,9 @@ def compile(
         raise InputError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     options = Options(passes, objective, target, dtype, require_level(verify), strict, limits or Limits())
     require_eval(model)
-    return compile_with(model, example_of(model, example_inputs), options)
+    example = example_of(model, example_inputs)
+    samples = () if data is None else samples_of(data, example, model)
+    return compile_with(model, example, options, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -308,27 +359,92 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
-def compile_with(model: nn.Module, example: Example, options: Options) -> CompiledModule:
-    """`compile` with everything said: the model is in eval mode and the example is a call of it."""
+def compile_with(
+    model: nn.Module,
+    example: Example,
+    options: Options,
+    *,
+    samples: tuple[Sample, ...] = (),
+    by: Plan | None = None,
+) -> CompiledModule:
+    """`compile` with everything said: the model is in eval mode and the example is a call of it.
+
+    by: the plan that decides what pays; without one, that is found out.
+    """
     started = time.perf_counter()
-    passes, fixed = resolve(options.passes)
-    fixed = fixed if options.fixed_size is None else options.fixed_size
-    own_dtype = floating_dtype(model, example)
-    dtype = options.dtype or own_dtype
-    example = example.cast(own_dtype)
-    options.limits.require_size(model, type(model).__name__)
-    require_definite(model, example)
-    policy = Policy(
-        options.objective, target_named(options.target, dtype),
-        limits=options.limits, deadline=started + options.limits.seconds,
-    )  # fmt: skip
     with unchanged_generators():
-        subject = _Subject.of(model, example, own_dtype)
-        captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
-    report = _report(subject, captured, attempt, children, policy, passes, started)
-    decisions = tuple((firing.rewrite, firing.where) for firing in attempt.record.firings)
-    plan = Plan(copy_model(model, share_parameters=True), example, options, decisions)
-    return CompiledModule.of(attempt.module, report, plan, example.cast(dtype))
+        task, policy = _Task.of(model, example, options, started, by)
+        traced, attempt = _captured_and_proved(replace(task, samples=samples), policy)
+    report = _report(task.subject, traced, attempt, task.passes, started)
+    firings = tuple((firing.rewrite, firing.where) for firing in report.rewrites)
+    source = copy_model(model, share_parameters=True)
+    undone = (*(by.undone if by else ()), *attempt.undone)
+    plan = Plan(source, task.example, options, policy.target.name, firings, policy.decisions, undone)
+    return CompiledModule.of(attempt.module, report, plan, task.example.cast(task.dtype))
+
+
+def bisect(
+    model: nn.Module,
+    example_inputs: Any,
+    data: Any,
+    *,
+    passes: str | Sequence[Any] = "default",
+    objective: Objective = "latency",
+    target: str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: Level = "quick",
+    limits: Limits | None = None,
+) -> Attribution:
+    """Name the rewrite with which the compiled model begins to differ from ``model`` on your own ``data``, if it does.
+
+    The model is compiled as by `compile`, whose arguments these are, without the data; then the result is held against
+    the original on each sample of them. Raises what `compile` raises.
+
+    >>> import torch, rgc
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    >>> str(rgc.bisect(model, torch.randn(1, 3, 16, 16), torch.randn(20, 3, 16, 16)))
+    'equal on all 20 samples'
+    """
+    started = time.perf_counter()
+    options = Options(passes, objective, target, dtype, require_level(verify), False, limits or Limits())
+    require_eval(model)
+    example = example_of(model, example_inputs)
+    samples = samples_of(data, example, model)
+    with unchanged_generators():
+        task, policy = _Task.of(model, example, options, started)
+        traced, attempt = _captured_and_proved(task, policy)
+        count, undone = len(traced.firings(attempt.record)), tuple(attempt.failures)
+        del attempt
+        found = Attribution(True, samples[-1].last + 1, traced.capture.tier, count, undone=undone)
+        error = _fault(task, traced, count, samples)
+        return found if error is None else _attributed(task, traced, found, samples, error)
+
+
+def _attributed(
+    task: _Task, traced: _Traced, found: Attribution, samples: Sequence[Sample], error: NotEquivalentError
+) -> Attribution:
+    """The culprit of a difference on one of the samples, found on that sample alone."""
+    chosen = [sample for sample in samples if sample.name == error.sample]
+    singles = chosen[0].singles()
+    try:
+        alone = _fault(task, traced, found.firings, singles)
+    except InputError:  # the model takes no batch of one
+        alone = None
+    if alone is not None:
+        chosen, error = [sample for sample in singles if sample.name == alone.sample], alone
+    number = first_failing(found.firings, lambda count: _fault(task, traced, count, chosen) is not None)
+    worse = _fault(task, traced, number, chosen) or error
+    firing, before = None, 0.0
+    if number:
+        cut = traced.up_to(task, number - 1)
+        seen = _proved(task, cut, *_rewritten_within(task, cut), only=chosen).verification
+        before = (seen.max_error or 0.0) if worse.precision == "float64" else seen.deployed_error
+        cut = traced.up_to(task, number)
+        firing = cut.firings(_rewritten_within(task, cut)[1])[-1]
+    return replace(
+        found, equal=False, firing=firing, number=number, sample=worse.sample, precision=worse.precision,
+        before=before, after=worse.difference, allowed=worse.allowed, reason=str(worse),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -385,35 +501,121 @@ class _Child:
     fixed_size: bool
 
 
-def _captured_and_proved(
-    subject: _Subject, passes: Sequence[Pass], fixed: bool, policy: Policy, dtype: torch.dtype, options: Options
-) -> tuple[Capture, _Attempt, dict[str, _Child]]:
-    """The first tier whose result is equal; the last keeps the model as it is."""
+@dataclass(frozen=True)
+class _Task:
+    """What is compiled, and how: a model with an example of its own dtype; ``samples`` of a user join the proof."""
+
+    subject: _Subject
+    example: Example
+    passes: Sequence[Pass]
+    fixed: bool
+    dtype: torch.dtype
+    options: Options
+    samples: Sequence[Sample] = ()
+
+    @staticmethod
+    def of(
+        model: nn.Module, example: Example, options: Options, started: float, by: Plan | None = None
+    ) -> tuple[_Task, Policy]:
+        """The task and the policy that the options mean; `InputError` for what cannot be compiled."""
+        passes, fixed = resolve(options.passes)
+        fixed = fixed if options.fixed_size is None else options.fixed_size
+        own_dtype = floating_dtype(model, example)
+        dtype = options.dtype or own_dtype
+        example = example.cast(own_dtype)
+        options.limits.require_size(model, type(model).__name__)
+        require_definite(model, example)
+        target = target_named(options.target, dtype) if by is None else replace(CPU, name=by.target)
+        policy = Policy(
+            options.objective, target, banned=frozenset(by.undone if by else ()),
+            limits=options.limits, deadline=started + options.limits.seconds,
+            decisions=by.decisions if by else Decisions(),
+        )  # fmt: skip
+        return _Task(_Subject.of(model, example, own_dtype), example, passes, fixed, dtype, options), policy
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A model as one of ``tiers`` captured it, to be rewritten under ``policy``.
+
+    ``children``: the parts that were compiled for that, under the same policy, also those that were put back.
+    """
+
+    capture: Capture
+    children: dict[str, _Child]
+    policy: Policy
+    tiers: Sequence[str]
+
+    def firings(self, record: Record) -> list[Firing]:
+        """All firings in the order in which they were made, those in the parts first."""
+        inside = [
+            replace(each, where=f"{path}.{each.where}")
+            for path, child in self.children.items()
+            for each in child.record.firings
+        ]
+        return inside + record.firings
+
+    def under(self, task: _Task, policy: Policy) -> _Traced:
+        """The same trace under another policy, for which parts have to be compiled again."""
+        if self.capture.tier != TIERS[-1]:
+            return replace(self, policy=policy)
+        again = _captured(task, policy, self.tiers[-1:])
+        notes = tuple(note for note in self.capture.notes if note.startswith(TIERS[:-1]))
+        return replace(again, capture=replace(again.capture, notes=notes + again.capture.notes), tiers=self.tiers)
+
+    def up_to(self, task: _Task, count: int) -> _Traced:
+        """The same trace with the first ``count`` firings only, however long they take."""
+        return self.under(task, replace(self.policy, limit=count, deadline=math.inf))
+
+
+def _captured(task: _Task, policy: Policy, tiers: Sequence[str]) -> _Traced:
+    """The model by the first of ``tiers`` that can trace it; without any, the model itself in one piece."""
     children: dict[str, _Child] = {}
-    tiers: Sequence[str] = TIERS
-    notes: tuple[str, ...] = ()
 
     def compile_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
         if not tiers:
             raise NotEquivalentError("no part may be compiled")
-        children[path], module = _child(child, call, passes, fixed, policy, dtype, subject.tolerance)
+        inside = _within_part(_after_parts(policy, children), path)
+        children[path], module = _child(
+            child, call, task.passes, task.fixed, inside, task.dtype, task.subject.tolerance
+        )  # fmt: skip
         return module, children[path].fixed_size
 
+    found = capture(
+        task.subject.proof_model, task.subject.proof_example, task.subject.expected, task.dtype,
+        fixed=task.fixed, compile_child=compile_child, tolerance=task.subject.tolerance, tiers=tiers,
+    )  # fmt: skip
+    _require_nodes(found, task.options.limits)
+    return _Traced(found, children, policy, tiers)
+
+
+def _after_parts(policy: Policy, children: Mapping[str, _Child]) -> Policy:
+    """The policy for what comes after the parts: their firings count."""
+    if policy.limit is None:
+        return policy
+    return replace(policy, limit=max(0, policy.limit - sum(len(each.record.firings) for each in children.values())))
+
+
+def _within_part(policy: Policy, path: str) -> Policy:
+    """The policy inside a part, where places are named without its path."""
+    inside = ((name, where.removeprefix(f"{path}.")) for name, where in policy.banned if where.startswith(f"{path}."))
+    return replace(policy, banned=frozenset(inside))
+
+
+def _captured_and_proved(task: _Task, policy: Policy) -> tuple[_Traced, _Attempt]:
+    """The first tier whose result is equal; the last keeps the model as it is."""
+    tiers: Sequence[str] = TIERS
+    notes: tuple[str, ...] = ()
     while True:
-        captured = capture(
-            subject.proof_model, subject.proof_example, subject.expected, dtype,
-            fixed=fixed, compile_child=compile_child, tolerance=subject.tolerance, tiers=tiers,
-        )  # fmt: skip
-        _require_nodes(captured, options.limits)
-        captured = replace(captured, notes=notes + captured.notes)
+        traced = _captured(task, policy, tiers)
+        traced = replace(traced, capture=replace(traced.capture, notes=notes + traced.capture.notes))
         try:
-            attempt = _prove(subject, captured, passes, policy, dtype, options)
-            return captured, attempt, {path: children[path] for path in captured.compiled}
+            return _prove(task, traced)
         except NotEquivalentError as error:
-            if options.strict or not tiers:
+            if task.options.strict or not tiers:
                 raise
-            notes = (*captured.notes, f"{captured.tier}: {error}")
-            tiers = TIERS[TIERS.index(captured.tier) + 1 :]
+            notes = (*traced.capture.notes, f"{traced.capture.tier}: {error}")
+            tiers = TIERS[TIERS.index(traced.capture.tier) + 1 :]
 
 
 def _holds_at_any_size(graph: Graph) -> bool:
@@ -429,34 +631,63 @@ class _Attempt:
     module: fx.GraphModule
     verification: Verification
     failures: tuple[Failure, ...] = ()
+    undone: tuple[tuple[str, str], ...] = ()  # by what a user's own data have shown
 
 
-def _prove(
-    subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy, dtype: torch.dtype, options: Options
-) -> _Attempt:
+def _prove(task: _Task, traced: _Traced) -> tuple[_Traced, _Attempt]:
     """Rewrite and check the whole model; a rewrite that the check finds guilty is banned, reported, and left out."""
+    strict = task.options.strict
     failures: list[Failure] = []
+    undone: list[tuple[str, str]] = []
     while True:
+        graph, record = _rewritten_within(task, traced)
         try:
-            attempt = _attempt(subject, captured, passes, policy, dtype, options)
+            attempt = _proved(task, traced, graph, record)
         except NotEquivalentError as error:
-            culprit = _culprit(subject, captured, passes, policy)
-            if culprit is None or options.strict or len(failures) >= MOST_CULPRITS:
+            del graph
+            culprit = _culprit(task, traced, record)
+            if culprit is None or strict or len(failures) >= MOST_CULPRITS:
                 where = f"{culprit.rewrite} at {culprit.where}: " if culprit else ""
                 raise NotEquivalentError(f"{where}the compiled model {error}; nothing is emitted") from error
             failures.append(Failure(culprit.rewrite, culprit.where, f"the model {error}"))
-            policy = replace(policy, banned=policy.banned | {(culprit.rewrite, culprit.where)})
+            undone += [(culprit.rewrite, culprit.where)] if error.sample else []
+            banned = traced.policy.banned | {(culprit.rewrite, culprit.where)}
+            traced = traced.under(task, replace(traced.policy, banned=banned))
             continue
-        if options.strict and attempt.record.failures:
+        if strict and attempt.record.failures:
             first = attempt.record.failures[0]
             raise NotEquivalentError(f"{first.rewrite} at {first.where}: {first.reason}")
-        return replace(attempt, failures=tuple(failures + attempt.record.failures))
+        return traced, replace(attempt, failures=tuple(failures + attempt.record.failures), undone=tuple(undone))
 
 
-def _attempt(
-    subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy, dtype: torch.dtype, options: Options
+def _culprit(task: _Task, traced: _Traced, record: Record) -> Firing | None:
+    """The first firing with which the very check fails that has failed; None where it does without any."""
+    firings = traced.firings(record)
+    number = first_failing(len(firings), lambda count: _fault(task, traced, count) is not None)
+    return firings[number - 1] if number else None
+
+
+def _fault(task: _Task, traced: _Traced, count: int, only: Sequence[Sample] | None = None) -> NotEquivalentError | None:
+    """What the check says of the model after ``count`` firings; on ``only`` these samples, if they are given."""
+    cut = traced.up_to(task, count)
+    try:
+        _proved(task, cut, *_rewritten_within(task, cut), only=only)
+    except NotEquivalentError as error:
+        error.__cause__ = error.__context__ = None  # their frames hold the weights, and so do its own
+        return error.with_traceback(None)
+    return None
+
+
+def _rewritten_within(task: _Task, traced: _Traced) -> tuple[Graph, Record]:
+    policy = _after_parts(traced.policy, traced.children)
+    return _rewritten(task.subject, traced.capture, task.passes, policy)
+
+
+def _proved(
+    task: _Task, traced: _Traced, graph: Graph, record: Record, only: Sequence[Sample] | None = None
 ) -> _Attempt:
-    graph, record = _rewritten(subject, captured, passes, policy)
+    """Emit and check a rewritten graph: on the example, drawn inputs and the user's own, or on ``only`` such."""
+    subject, captured, dtype, options = task.subject, traced.capture, task.dtype, task.options
     # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
     original, reference = runnable(subject.model, dtype, is_read_only=subject.is_read_only), None
     if subject.in_float64:
@@ -464,9 +695,15 @@ def _attempt(
     free = _holds_at_any_size(graph) and not captured.fixed_size
     precise = emit(graph, None, copies=False) if subject.in_float64 else None
     pair = Pair(original, precise or original, reference, precise, dtype, subject.device)
-    cases = pair.check_in_float64(
-        subject.proof_example, level=options.verify, free_sizes=free, expected=subject.expected
-    )  # fmt: skip
+    samples = task.samples if only is None else only
+    if not free:
+        _require_size_of(subject.proof_example, samples)
+    if only is None:
+        cases = pair.check_in_float64(
+            subject.proof_example, level=options.verify, free_sizes=free, expected=subject.expected, samples=samples
+        )
+    else:
+        cases = pair.check_samples_in_float64(samples, options.verify)
     if precise is not None:
         _release(precise)
     narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
@@ -506,24 +743,16 @@ def _own_dtype(call: Example) -> torch.dtype | None:
     return next((tensor.dtype for tensor in call.tensors if tensor.is_floating_point()), None)
 
 
-def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> Firing | None:
-    """The first firing after which the model is wrong in float64, by bisection; None if it is right after all."""
-
-    def error_after(count: int) -> tuple[float, list[Firing]]:
-        graph, record = _rewritten(subject, captured, passes, replace(policy, limit=count))
-        module = emit(graph, _own_dtype(subject.proof_example), copies=False)
-        difference = output_difference(subject.expected, subject.proof_example.run(module))
-        _release(module)
-        return difference, record.firings
-
-    _, record = _rewritten(subject, captured, passes, policy)
-    good, bad = 0, len(record.firings)
-    if bad == 0 or error_after(bad)[0] <= subject.tolerance or error_after(good)[0] > subject.tolerance:
-        return None  # with no rewrite at all it is wrong too: then none of them is guilty
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if error_after(middle)[0] <= subject.tolerance else (good, middle)
-    return error_after(bad)[1][-1]
+def _require_size_of(example: Example, samples: Sequence[Sample]) -> None:
+    """`InputError` for data of another size than the example, where the result holds at that size only."""
+    for sample in samples:
+        for given, own in zip(sample.example.tensors, example.tensors, strict=True):
+            if given.shape[1:] != own.shape[1:]:
+                found, size = ("x".join(map(str, tensor.shape[1:])) for tensor in (given, own))
+                raise InputError(
+                    f"the data are of {found}, and the result holds at the example's size only, which is {size}; "
+                    "give an example of the data's size"
+                )
 
 
 def _child(
@@ -565,10 +794,9 @@ def _is_channels_last(model: nn.Module) -> bool:
     return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
 
 
-def _report(
-    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], policy: Policy,
-    passes: Sequence[Pass], started: float,
-) -> Report:  # fmt: skip
+def _report(subject: _Subject, traced: _Traced, attempt: _Attempt, passes: Sequence[Pass], started: float) -> Report:
+    captured, policy = traced.capture, traced.policy
+    children = {path: traced.children[path] for path in captured.compiled}
     before = [captured.graph, *(child.before for child in children.values())]
     after = [attempt.graph, *(child.after for child in children.values())]
     is_cut = attempt.record.cut_short or any(child.record.cut_short for child in children.values())

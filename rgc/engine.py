@@ -12,13 +12,14 @@ import time
 import traceback
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost, macs
+from rgc.decisions import ORDER, PARTS, UNDECIDED, Decisions, Question, barred, form_of
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.limits import Limits, human_bytes
@@ -39,7 +40,8 @@ MOST_FIRINGS_PER_NODE = 8
 class Policy:
     """What the engine may do: the objective and machine that decide what pays, what is banned, and how far to go.
 
-    ``deadline`` is a time of `time.perf_counter` after which nothing more is tried.
+    ``deadline`` is a time of `time.perf_counter` after which nothing more is tried. ``decisions`` keeps what was found
+    to pay; closed ones decide in the place of the objective and the machine.
     """
 
     objective: Objective = "latency"
@@ -48,6 +50,7 @@ class Policy:
     limit: int | None = None  # stop after so many firings
     limits: Limits = field(default_factory=Limits)
     deadline: float = math.inf
+    decisions: Decisions = field(default_factory=Decisions)
 
 
 #: What two neighbours are joined with instead of each other, both sides with themselves.
@@ -182,11 +185,25 @@ class _Worklist:
         """The parts that the plan names, last to first, for each begins where the one before ends."""
         inside = set(region.values)
         needed = {v for v in region.values if v in outputs or any(u not in inside for u in self.graph.users(v))}
-        parts = parts_that_pay(region, self._price_of, self._price, needed)
+        parts = self._parts(region, needed)
         fired = False
         for part in reversed(parts or [region]):  # without parts, the region itself is tried, and says why not
             fired = self._rewrite_part(part) or fired
         return fired
+
+    def _parts(self, region: Region, needed: Collection[Value]) -> list[Region]:
+        """The parts of ``region`` to be replaced, first to last, as the cost model cuts it or as was decided."""
+        number = {region.source: -1, **{value: index for index, value in enumerate(region.values)}}
+        kept = (str(number[value]) for value in region.values if value in needed)
+
+        def weigh() -> str:
+            found = parts_that_pay(region, self._price_of, self._price, needed)
+            return " ".join(f"{number[part.source]}:{number[part.sink]}" for part in found)
+
+        form = form_of([region.source], region.values, more=[*kept, *self._barred])
+        answer = self.policy.decisions.answer(Question(PARTS, region.sink.where, form), weigh) or ""
+        ends = (tuple(map(int, part.split(":"))) for part in answer.split())
+        return [region.between(first, last) for first, last in ends]
 
     def _rewrite_part(self, part: Region) -> bool:
         for rewrite, case in self._by_price(part):
@@ -204,7 +221,19 @@ class _Worklist:
             found = self._price_by(part, *pair)
             return math.inf if found is None else found
 
-        return sorted(self.of_parts, key=price)
+        def weigh() -> str:
+            order = sorted(range(len(self.of_parts)), key=lambda index: price(self.of_parts[index]))
+            return " ".join(map(str, order))
+
+        form = form_of([part.source], part.values, more=self._barred)
+        answer = self.policy.decisions.answer(Question(ORDER, part.sink.where, form), weigh) or ""
+        return [self.of_parts[int(index)] for index in answer.split()]
+
+    @property
+    def _barred(self) -> Iterator[str]:
+        """What may not be tried, as a part of the form of a question: what is found to pay depends on it."""
+        broken = ((name, "model" if value is None else value.where) for name, value in self.record.broken)
+        return barred({*self.policy.banned, *broken})
 
     def _price_of(self, part: Region) -> float | None:
         """What the cheapest rewrite of ``part`` would cost; None where none takes it."""
@@ -263,10 +292,10 @@ class _Worklist:
         added = topological([new], known=self.graph.__contains__)
         dying = _dying(self.graph, match)
         _require_within(self.policy.limits, match.interior, added)
-        if not case.weighed:
+        if case.weighed:
+            self._require_worth(rewrite, case, match, dying, added)
+        else:
             _require_no_copies(match, dying)
-        elif not self._is_planned(case, match):
-            self._require_gain(dying, added, match)
         sources = [value for value in match.values.values() if value not in match.interior]
         ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
         error = check_firing(match.target, replacement, sources, ranges=ranges)
@@ -279,11 +308,21 @@ class _Worklist:
         more = sum(map(macs, added)) - sum(map(macs, dying))
         self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths, condition, more))
 
-    def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
+    def _require_worth(
+        self, rewrite: Rewrite, case: Case, match: Match, dying: list[Value], added: list[Value]
+    ) -> None:
+        """Refuse what does not pay, as the plan of its chain or the gain decides, or as was decided before."""
         kept = next((value for value in match.interior if value not in dying), None)
         if self.policy.objective == "params":  # those of an operator that other values share stay
             dying, added = self._freed(dying), list({id(value.op): value for value in added}.values())
-        require_gain(self.policy, dying, added, kept)
+
+        def weigh() -> None:
+            if not self._is_planned(case, match):
+                require_gain(self.policy, dying, added, kept)
+
+        chain = self.planner.form_around(self.graph, *match.interior[::-1]) if case.is_pair else ""
+        form = form_of(dying, added, [] if kept is None else [kept], more=[chain])
+        _require_decided(self.policy.decisions, Question(rewrite.name, match.root.where, form), weigh)
 
     def _is_planned(self, case: Case, match: Match) -> bool:
         """Does the plan of a longer chain join the two? Without a plan the gain decides; against a plan, a refusal."""
@@ -418,6 +457,21 @@ def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: V
     raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
 
 
+def _require_decided(decisions: Decisions, question: Question, weigh: Callable[[], None]) -> None:
+    """Refuse what ``weigh`` refuses, or what was refused when it was decided."""
+
+    def reason() -> str:
+        try:
+            weigh()
+        except Refusal as refusal:
+            return refusal.reason
+        return ""
+
+    decided = decisions.answer(question, reason)
+    require(decided is not None, UNDECIDED)
+    require(not decided, decided or "")
+
+
 def _require_no_loss(target: Target, dying: list[Value], added: list[Value]) -> None:
     """Refuse what only the kernels of one runtime make faster: the result may run in another."""
     before, after = (cost(values, "latency", target) for values in (dying, added))
@@ -545,7 +599,7 @@ def _run_graph_passes(
             changed = _changed_by(each, graph)
             if _state(changed) == before:
                 continue
-            added = _require_gain_of(policy, [value for value, _, _ in before[0]], changed.nodes())
+            added = _require_worth_of(each, policy, [value for value, _, _ in before[0]], changed.nodes())
             error = _checked(changed, same)
         except Refusal as refusal:
             record.refusals[(each.name, None)] = refusal.reason
@@ -560,11 +614,12 @@ def _run_graph_passes(
     return graph
 
 
-def _require_gain_of(policy: Policy, before: list[Value], after: list[Value]) -> list[Value]:
+def _require_worth_of(each: GraphPass, policy: Policy, before: list[Value], after: list[Value]) -> list[Value]:
     """The operators that are new in a changed graph; a `Refusal` where the change does not pay."""
     old, new = set(before), set(after)
     dying, added = [value for value in before if value not in new], [value for value in after if value not in old]
-    require_gain(policy, dying, added, None)
+    question = Question(each.name, "model", form_of(dying, added))
+    _require_decided(policy.decisions, question, lambda: require_gain(policy, dying, added, None))
     known = {id(value.op) for value in dying}
     return [value for value in added if id(value.op) not in known]
 

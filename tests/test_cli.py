@@ -380,6 +380,14 @@ def test_a_model_that_nobody_knows_needs_an_input(fails: Fails) -> None:
         (["compile", "model.pt", *SMALL, "--output", "no/such/x.pt2"], "there is no folder"),
         (["compile", "model.pt", *SMALL, "--report", "no/x.json"], "there is no folder"),
         (["compile", "model.pt", *SMALL, "--report", "x.html"], "writes .json reports only"),
+        (["compile", "model.pt", *SMALL, "--bisect"], "--bisect: say with --data FILE on which inputs"),
+        (["compile", "model.pt", *SMALL, "--bisect", "--output", "x.pt2"], "--bisect: leave --output out"),
+        (["compile", "model.pt", *SMALL, "--data", "none.pt"], "none.pt: no such file of inputs"),
+        (["compile", "model.pt", "--plan", "p.json", "--passes", "all"], "--plan: leave --passes out"),
+        (["compile", "model.pt", "--plan", "none.json"], "none.json: cannot be read"),
+        (["compile", "model.pt", *SMALL, "--save-plan", "p.txt"], "a plan is written as .json"),
+        (["compile", "model.pt", *SMALL, "--save-plan", "no/p.json"], "there is no folder"),
+        (["compile", "model.pt", *SMALL, "--report", "r.json", "--save-plan", "r.json"], "is the report itself"),
         (["inspect", "model.pt", *SMALL, "--plugin", "x.py"], "say with --passes"),
         (["passes", "--plugin", "none.py"], "no such file of passes"),
         (["passes", "--plugin", "none"], "no module 'none'"),
@@ -713,3 +721,73 @@ def test_calibrate_refuses_wrong_options(fails: Fails) -> None:
     assert "server.json: cannot be read" in fails("compile", "model.pt", *SMALL, "--target", "server.json")
     if not torch.cuda.is_available():
         assert "target cuda: this PyTorch sees no GPU" in fails("calibrate", "--target", "cuda")
+
+
+# --- a user's own inputs, and plans ---------------------------------------------------------------------------------
+
+WIDE_CLAMP = '''"""A pass that is wrong beyond a clamp."""
+
+from rgc import Activation, Identity, Value, require, rewrite
+
+
+@rewrite(lambda x, clamp: clamp(x))
+def lose_wide_clamp(x: Value, clamp: Activation) -> Value:
+    """Wrong where values lie beyond the clamp."""
+    require(clamp.name == "hardtanh", "not a clamp")
+    return Identity("lost")(x)
+'''
+
+
+def test_bisect_names_the_rewrite_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {"conv": nn.Conv2d(3, 8, 3), "bn": nn.BatchNorm2d(8), "clamp": nn.Hardtanh(-1e6, 1e6)}
+    torch.save(randomised(nn.Sequential(OrderedDict(layers))), "clamped.pt")
+    (folder / "wide.py").write_text(WIDE_CLAMP)
+    data = torch.randn(4, 3, 12, 11)
+    torch.save(data, "near.pt")
+    data[2] *= 1e9
+    torch.save({"input": data}, "far.pt")
+    before = contents(folder)
+    command = ["compile", "clamped.pt", *SMALL, "--bisect", "--plugin", "wide.py", "--data"]
+    assert run([*command, "near.pt"]) == 0
+    assert capsys.readouterr().out == "equal on all 4 samples\n"
+    assert run([*command, "far.pt"]) == 1
+    seen = capsys.readouterr()
+    assert seen.err == "" and "lose_wide_clamp at clamp" in seen.out and "sample 2 of the data" in seen.out
+    assert run([*command, "far.pt", "--passes", "default,-lose_wide_clamp"]) == 0
+    assert contents(folder) == before
+
+
+def test_data_join_the_proof_of_compile_and_verify(
+    compiled: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torch.randn(5, 3, 12, 11), "data.pt")
+    for artifact in ("model.pt2", "model.onnx"):
+        command = ["verify", str(compiled / "model.pt"), str(compiled / artifact), *SMALL]
+        counts = []
+        for more in ([], ["--data", "data.pt"]):
+            assert run([*command, *more]) == 0
+            (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("inputs")]
+            counts.append(int(line.split()[1]))
+        assert counts[1] == counts[0] + 5
+    torch.save(torch.randn(5, 3, 13, 11), "taller.pt")
+    assert run(["compile", "model.pt", *SMALL, "--data", "taller.pt", "--output", "fused.pt2"]) == 0
+    torch.save(torch.randn(5, 2, 12, 11), "thin.pt")
+    assert run(["compile", "model.pt", *SMALL, "--data", "thin.pt"]) == 2
+    assert "the model does not run on sample 0 of the data" in capsys.readouterr().err
+
+
+def test_a_plan_is_saved_and_taken_for_the_next_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "model.pt", *SMALL, "--save-plan", "plan.json", "--output", "first/"]) == 0
+    torch.manual_seed(7)
+    other = small_model()
+    with torch.no_grad():
+        other[0].weight.mul_(0.5)  # type: ignore[index]
+    torch.save(other, "next.pt")
+    assert run(["compile", "next.pt", "--plan", "plan.json", "--output", "second/"]) == 0
+    assert run(["compile", "next.pt", *SMALL, "--output", "afresh/"]) == 0
+    files = [{path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("second", "afresh")]
+    assert files[0] == files[1]
+    torch.save(linear_reducenet(), "other.pt")
+    capsys.readouterr()
+    assert run(["compile", "other.pt", "--plan", "plan.json"]) == 2
+    assert "plan.json: is the plan of another model" in capsys.readouterr().err

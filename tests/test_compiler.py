@@ -9,6 +9,7 @@ import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -304,3 +305,119 @@ def test_hooks_on_the_result_are_called() -> None:
     compiled.register_forward_hook(lambda module, args, result: seen.append("after"))
     compiled(X)
     assert seen == ["before", "layer", "after"]
+
+
+# --- a difference on a user's own data -----------------------------------------------------------------------------
+
+
+@rgc.rewrite(lambda x, clamp: clamp(x), weighed=False)
+def lose_wide_clamp(x: rgc.Value, clamp: rgc.Activation) -> rgc.Value:
+    """Wrong on purpose, where values lie beyond the clamp."""
+    rgc.require(clamp.name == "hardtanh", "not a clamp")
+    return rgc.Identity("lost")(x)
+
+
+def clamped() -> nn.Module:
+    layers = {"first": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4), "clamp": nn.Hardtanh(-1e6, 1e6)}
+    return randomize(nn.Sequential(OrderedDict({**layers, "last": nn.Conv2d(4, 4, 1)})))
+
+
+def data_that_reach_it() -> Tensor:
+    data = torch.randn(7, 4, 9, 8, generator=torch.Generator().manual_seed(1))
+    data[4] *= 1e9
+    return data
+
+
+def test_bisect_names_the_firing_its_place_and_the_sample_on_which_it_shows() -> None:
+    model, data = clamped(), data_that_reach_it()
+    before = copy.deepcopy(model.state_dict())
+    found = rgc.bisect(model, X, data, passes=["default", lose_wide_clamp])
+    assert not found.equal and found.culprit == "lose_wide_clamp at clamp" and found.firing is not None
+    assert found.firing.sources == ("clamp",) and 1 <= found.number <= found.firings
+    assert found.sample == "sample 4 of the data" and found.precision == "float64"
+    assert found.before < 1e-10 == found.allowed and found.after > 1
+    assert (
+        rgc.bisect(model, X, data).equal and rgc.bisect(model, X, data[:4], passes=["default", lose_wide_clamp]).equal
+    )
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_data_join_the_proof_and_what_they_undo_stays_undone_in_the_plan() -> None:
+    model, data = clamped(), data_that_reach_it()
+    compiled = rgc.compile(model, X, passes=["default", lose_wide_clamp], data=data)
+    (failure,) = compiled.report.failures
+    assert (failure.rewrite, failure.where) == ("lose_wide_clamp", "clamp")
+    assert "of the data)" in failure.reason and compiled.report.ops_after["Hardtanh"] == 1
+    applied = compiled.plan.apply(model.state_dict())
+    assert applied.report.ops_after["Hardtanh"] == 1 and applied.code == compiled.code
+    wrong = rgc.compile(model, X, passes=["default", lose_wide_clamp])
+    assert rgc.verify(model, wrong, X).equal
+    assert "of the data)" in rgc.verify(model, wrong, X, data=data).reason
+    assert rgc.verify(model, compiled, X, data=data).equal
+
+
+@rgc.rewrite(lambda x, conv, relu: relu(conv(x)), weighed=False)
+def shift_there_and_back(x: rgc.Value, conv: rgc.Conv, relu: rgc.Activation) -> rgc.Value:
+    """Equal in the reals, and ruinous in float32."""
+    assert conv.bias is not None
+    rgc.require(float(conv.bias.abs().max()) < 1e3, "shifted already")
+    rgc.require(all(getattr(conv, name) is not None for name in ("stride", "padding", "dilation")), "has a geometry")
+    one = torch.ones(conv.out_channels, dtype=torch.float64)
+    return relu(rgc.Scale(one, -1e5 * one, 2)(replace(conv, bias=conv.bias.double() + 1e5)(x)))
+
+
+def test_a_rewrite_that_only_the_deployed_dtype_shows_to_be_wrong_is_found_and_the_rest_kept() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    report = rgc.compile(model, X, passes=["fold_batchnorm", shift_there_and_back]).report
+    (failure,) = report.failures
+    assert failure.rewrite == "shift_there_and_back" and "in float32" in failure.reason
+    assert report.tier == "torch.fx" and [firing.rewrite for firing in report.rewrites] == ["fold_batchnorm"]
+
+
+class BurnedIn(nn.Module):
+    """Its forward looks at values only where they are real, so a trace knows one of its ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y * 2 if type(x) is Tensor and float(x.max()) > 1e6 else y
+
+
+def test_a_way_that_the_trace_does_not_know_is_the_fault_of_no_firing() -> None:
+    model, data = randomize(BurnedIn()), data_that_reach_it()
+    found = rgc.bisect(model, X, data)
+    assert not found.equal and found.firing is None and found.culprit == "the trace itself (torch.fx)"
+    assert found.sample == "sample 4 of the data" and found.firings > 0
+    compiled = rgc.compile(model, X, data=data)
+    assert compiled.report.tier == "submodules", "the next tier is tried, and the last is the model itself"
+    assert torch.equal(compiled(data), model(data))
+
+
+def test_data_of_a_size_that_the_result_does_not_take_are_refused() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 42, 2)))
+    with pytest.raises(InputError, match="does not run on sample"):
+        rgc.bisect(model, X, torch.randn(3, 4, 9, 9))
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)))
+    with pytest.raises(InputError, match=r"the data are of 4x9x9, .* holds at the example's size only, which is 4x9x8"):
+        rgc.bisect(model, X, torch.randn(3, 4, 9, 9), passes="all", objective="depth")
+
+
+def test_a_culprit_inside_a_part_that_is_compiled_in_place_is_named_by_its_whole_path() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = clamped()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.part(x)
+            return y * 2 if float(y.detach().sum()) > 0 else y
+
+    model = Untraceable().eval()
+    found = rgc.bisect(model, X, data_that_reach_it(), passes=["default", lose_wide_clamp])
+    assert found.tier == "submodules" and found.culprit == "lose_wide_clamp at part.clamp"
+    report = rgc.compile(model, X, passes=["default", lose_wide_clamp], data=data_that_reach_it()).report
+    assert [(each.rewrite, each.where) for each in report.failures] == [("lose_wide_clamp", "part.clamp")]
+    assert any(firing.where == "part.norm" for firing in report.rewrites), "the rest of the part stays compiled"
