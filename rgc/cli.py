@@ -306,14 +306,20 @@ def inspect_command(
 Examples:
   rgc verify model.pt model.fused.pt2
   rgc verify model.pt model.onnx --input 1x3x224x224 --verify full
+  rgc verify model.pt model.onnx --certificate model.onnx.certificate.json
   rgc verify zoo:reducenet20 reducenet20.fused/ --trust""",
 )
 @click.argument("original")
 @click.argument("artifact")
+@click.option(
+    "--certificate", "certificate", metavar="FILE",
+    help="Check as well that ORIGINAL and every file of ARTIFACT are those of this certificate, on its inputs.",
+)
 @_options(_LEVEL, *_LOADING)
 def verify_command(
     original: str,
     artifact: str,
+    certificate: str | None,
     level: Any,
     inputs: tuple[str, ...],
     arch: str | None,
@@ -323,23 +329,30 @@ def verify_command(
     """Compare ARTIFACT (.pt2, .onnx or a folder) with its ORIGINAL; exit status 0 if they are equal, 1 if not.
 
     An .onnx runs in onnxruntime. A folder holds Python code, so it takes --trust, and so does a .pt2 unless it is found
-    to carry nothing that runs when it is loaded.
+    to carry nothing that runs when it is loaded. Without --input the inputs are those of the certificate, if given.
     """
     from rgc.artifact_check import compare
+    from rgc.certified import Evidence
     from rgc.cli_files import load_artifact, load_original
     from rgc.cli_options import example_for, parse_inputs
-    from rgc.cli_output import console, print_verification, progress
+    from rgc.cli_output import console, print_evidence, print_verification, progress
     from rgc.compiler import require_eval
 
     specs, most = parse_inputs(inputs), _held_to(limits)
+    evidence = None if certificate is None else Evidence.of(certificate, artifact)
     with progress(f"loading {artifact}"):
         loaded = load_artifact(artifact, trust, most)
     with progress(f"loading {original}"):
         model = load_original(original, arch, trust, most)
     require_eval(model)
     with progress("comparing"):
-        found = compare(model, loaded, example_for(model, specs), level=level)
+        if evidence is not None:
+            evidence = evidence.checked(original, model, loaded)
+        example = example_for(model, specs) if specs or evidence is None else evidence.example or example_for(model, specs)
+        found = compare(model, loaded, example, level=level)
     print_verification(console(), found)
+    if evidence is not None and found.equal:
+        print_evidence(console(), evidence)
     return DONE if found.equal else NOT_EQUIVALENT
 
 

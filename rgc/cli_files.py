@@ -16,7 +16,7 @@ from rgc.errors import InputError
 from rgc.limits import Limits
 from rgc.loading import load_model
 from rgc.pt2_inspection import reason_to_distrust
-from rgc.saving import save
+from rgc.saving import save_from
 from rgc.workshop import publish, workshop, write_whole
 
 
@@ -57,19 +57,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write(compiled: CompiledModule, destination: Destination, source: str) -> Artifact:
     """Artifact and report, or neither; ``source``, where the model came from, is never overwritten."""
-    protect = () if source.startswith("zoo:") else (source,)
+    file = None if source.startswith("zoo:") else Path(source)
     report = destination.report
     if report is None:
-        return save(compiled, destination.artifact, format=destination.format, protect=protect)
+        return _saved(compiled, destination, file)
     try:
         with workshop(report.absolute().parent) as place:
             draft = place / report.name
             draft.write_text(compiled.report.to_json() + "\n")
-            written = save(compiled, destination.artifact, format=destination.format, protect=protect)
+            written = _saved(compiled, destination, file)
             publish(draft, report)
     except OSError as error:
         raise InputError(f"cannot write {report}: {error.strerror or error}") from error
     return written
+
+
+def _saved(compiled: CompiledModule, destination: Destination, file: Path | None) -> Artifact:
+    protect = () if file is None else (file,)
+    return save_from(compiled, destination.artifact, file, format=destination.format, protect=protect)
 
 
 def _reason_to_distrust(path: Path, kind: str) -> str | None:
