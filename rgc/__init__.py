@@ -71,13 +71,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "AxisSums", "BatchNorm", "BorderFill", "ChannelMean",
-    "Clamp", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "ErrorBound", "Explanation", "Firing", "Flatten", "Gather",
-    "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Limits", "Linear", "MaxPool",
-    "Measurement", "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "OutputBound", "Pad",
-    "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "Subsample", "Tail", "TensorType", "TraceError", "Unflatten", "Upsample",
-    "Value", "Verification", "add", "average_pool_at", "averaged", "bench", "block_diagonal", "border",
-    "carried_axis", "carrying_axis", "compile", "compose", "error_bound", "explain", "graph_pass", "inverts", "is_adaptive_average",
-    "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated",
-    "require", "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
+    "Clamp", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "ErrorBound", "Explanation", "Firing",
+    "Flatten", "Gather", "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Limits",
+    "Linear", "MaxPool", "Measurement", "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin",
+    "OutputBound", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region",
+    "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "Tail", "TensorType", "TraceError",
+    "Unflatten", "Upsample", "Value", "Verification", "add", "average_pool_at", "averaged", "bench", "block_diagonal",
+    "border", "carried_axis", "carrying_axis", "compile", "compose", "error_bound", "explain", "graph_pass", "inverts",
+    "is_adaptive_average", "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of",
+    "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "tail_of", "takes_shape_of_another", "testing",
+    "unit", "verify",
 ]  # fmt: skip

@@ -50,10 +50,10 @@ def save(
     """Write a compiled model to ``path``: ``.pt2``, ``.onnx``, or a folder (a trailing ``/``) of readable Python.
 
     The artifact appears whole or not at all. Before it appears it is loaded back and handed to ``check``, which may
-    raise to prevent it. ``certify`` is given what was loaded back, the path of the files and the format, and returns the
-    certificate that appears with them. ``size_limit`` is the size in bytes beyond which an ONNX model keeps its weights in a second
-    file. Raises InputError if the format is unknown, the model cannot be expressed in it, the path cannot be written,
-    is listed in ``protect``, or is a folder that holds anything but an earlier artifact.
+    raise to prevent it. ``certify`` is given what was loaded back, the path of the files and the format, and returns
+    the certificate that appears with them. ``size_limit`` is the size in bytes beyond which an ONNX model keeps its
+    weights in a second file. Raises InputError if the format is unknown, the model cannot be expressed in it, the path
+    cannot be written, is listed in ``protect``, or is a folder that holds anything but an earlier artifact.
     """
     kind = choose_format(path, format)
     target = Path(path)
@@ -130,7 +130,11 @@ def choose_format(path: PathLike, format: str | None = None) -> str:
 
 def _refuse_unsafe_target(target: Path, kind: str, protect: Iterable[PathLike]) -> None:
     """Nothing but an earlier artifact may be overwritten, and never a file that the caller still needs."""
-    written = {target.resolve(), certificate_of(target, kind).resolve(), *(path.resolve() for path in data_files(target) if kind == "onnx")}
+    written = {
+        target.resolve(),
+        certificate_of(target, kind).resolve(),
+        *(path.resolve() for path in data_files(target) if kind == "onnx"),
+    }
     for protected in (Path(entry).resolve() for entry in protect):
         if protected in written or (kind == "python" and target.resolve() in protected.parents):
             raise InputError(f"{target} would overwrite {protected}, which is an input; choose another path")

@@ -16,7 +16,7 @@ The fields, in the order in which they are written:
     verification    of the compiled model against the original: as `rgc.Verification`
     bound           of rounding: as `rgc.ErrorBound`; null where the original does not run in float64
     preconditions   what is taken for granted
-    inputs          how a call looks: args and kwargs of tensors (shape, dtype; low and high of integers) and plain values
+    inputs          args and kwargs of a call: tensors (shape, dtype; low and high of integers) and plain values
     checks          for each seed the errors of the artifact, as loaded from its files, on inputs drawn by it
     versions        of rgc, python, torch, numpy, and of onnx and onnxruntime where they were used
 """
@@ -171,15 +171,23 @@ class Certificate:
             raise NotEquivalentError(f"{artifact}: is no {kind} artifact, as the certificate describes it")
         for index, known in enumerate(self.artifact.files):
             # The first file of the others is the one that the user names, however it is called by now.
-            path = artifact if kind != "python" and index == 0 else (artifact.parent, artifact)[kind == "python"] / known.name
+            path = (
+                artifact
+                if kind != "python" and index == 0
+                else (artifact.parent, artifact)[kind == "python"] / known.name
+            )
             if not path.is_file():
                 raise NotEquivalentError(f"{path}: is missing, though the certificate describes it")
             found = FileDigest.of(path).sha256
             if found != known.sha256:
                 raise NotEquivalentError(f"{path}: {_differs('is not the file', found, known.sha256)}")
-        names = {path.relative_to(artifact).as_posix() for path in files_of(artifact, kind)} if kind == "python" else set()
+        names = (
+            {path.relative_to(artifact).as_posix() for path in files_of(artifact, kind)} if kind == "python" else set()
+        )
         if strangers := sorted(names - {known.name for known in self.artifact.files}):
-            raise NotEquivalentError(f"{artifact / strangers[0]}: is no part of the artifact that the certificate describes")
+            raise NotEquivalentError(
+                f"{artifact / strangers[0]}: is no part of the artifact that the certificate describes"
+            )
 
     def require_original(self, source: str, model: nn.Module) -> str | None:
         """`NotEquivalentError` unless ``model``, from ``source``, is the one that was compiled; a remark, if any."""
@@ -241,7 +249,9 @@ def files_of(artifact: Path, format: str) -> tuple[Path, ...]:
 def made_of(artifact: Path, format: str) -> Made:
     """The digests of an artifact."""
     root = artifact if format == "python" else artifact.parent
-    return Made(format, tuple(FileDigest.of(path, path.relative_to(root).as_posix()) for path in files_of(artifact, format)))
+    return Made(
+        format, tuple(FileDigest.of(path, path.relative_to(root).as_posix()) for path in files_of(artifact, format))
+    )
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -277,7 +287,9 @@ def architecture_digest(model: nn.Module) -> str:
 
 def preconditions(dtype: torch.dtype, fixed_size: bool, conditions: Sequence[str]) -> tuple[str, ...]:
     """What is taken for granted, as no run can prove it; ``conditions`` are those under which rewrites are equal."""
-    size = "the size of the example; another size is refused at run time" if fixed_size else "any size the original takes"
+    size = (
+        "the size of the example; another size is refused at run time" if fixed_size else "any size the original takes"
+    )
     half = dtype in (torch.float16, torch.bfloat16)
     return (
         "the original is in eval mode, and so is the artifact",

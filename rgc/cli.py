@@ -312,7 +312,9 @@ Examples:
 @click.argument("original")
 @click.argument("artifact")
 @click.option(
-    "--certificate", "certificate", metavar="FILE",
+    "--certificate",
+    "certificate",
+    metavar="FILE",
     help="Check as well that ORIGINAL and every file of ARTIFACT are those of this certificate, on its inputs.",
 )
 @_options(_LEVEL, *_LOADING)
@@ -348,7 +350,9 @@ def verify_command(
     with progress("comparing"):
         if evidence is not None:
             evidence = evidence.checked(original, model, loaded)
-        example = example_for(model, specs) if specs or evidence is None else evidence.example or example_for(model, specs)
+        example = (
+            example_for(model, specs) if specs or evidence is None else evidence.example or example_for(model, specs)
+        )
         found = compare(model, loaded, example, level=level)
     print_verification(console(), found)
     if evidence is not None and found.equal:

@@ -92,7 +92,7 @@ class OutputBound:
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """Rounding on the example, for any order of summation (`rgc.rounding`): of each output, and of layers by themselves.
+    """Rounding on the example, for any order of summation (`rgc.rounding`): of outputs, and of layers by themselves.
 
     layers: how many layers were held against a bound of their own, on the inputs that they really got. share: the
     largest part of its bound that any of them takes, by ``layer``.

@@ -10,8 +10,8 @@ and 3.3). With u the unit roundoff and gamma_n = n u / (1 - n u), a linear opera
 where |W| is the same operator with the absolute values of its weights, K the terms of a sum, and the last u the one
 rounding of the stored weights. An elementwise function takes e to L e, with L its Lipschitz constant on [x - e, x + e],
 and what only moves elements moves their bounds. A function without a rule ends the analysis of what depends on it, and
-its name is the reason that is given. Over many layers such bounds multiply, far beyond what rounding does; so each layer
-is also held against its own bound by itself, on the inputs that it really got (e = 0), which is sharp at any depth.
+its name is the reason that is given. Over many layers such bounds multiply, far beyond what rounding does; so each
+layer is also held against its own bound by itself, on the inputs that it really got (e = 0), sharp at any depth.
 
 What is taken for granted, and cannot be proved from outside of the kernels:
 
@@ -324,7 +324,8 @@ class _Analysis:
     def _scale(self, op: Scale, x: Bounded) -> Tensor:
         shape = (-1, *[1] * (op.axes or 0)) if x.value.dim() else ()
         s, t = op.scale.double().abs().view(shape), op.shift.double().abs().view(shape)
-        return s * x.error + self.arithmetic.rounding(3, s * x.size + t, stored=1, calls=2)
+        result: Tensor = s * x.error + self.arithmetic.rounding(3, s * x.size + t, stored=1, calls=2)
+        return result
 
     def _batch_norm(self, op: BatchNorm, x: Bounded) -> Tensor:
         """s (|x| + |mean|) + |b| are the terms, also where a kernel computes s x + (b - s mean); s itself rounds."""
@@ -335,7 +336,8 @@ class _Analysis:
         s = (s if op.weight is None else s * op.weight.double().abs()).view(shape)
         offset = 0.0 if op.bias is None else op.bias.double().abs().view(shape)
         terms = s * (x.size + op.mean.double().abs().view(shape)) + offset
-        return s * x.error + self.arithmetic.rounding(12, terms, stored=3)
+        result: Tensor = s * x.error + self.arithmetic.rounding(12, terms, stored=3)
+        return result
 
     def _average(self, op: Operator, x: Bounded, count: int) -> Tensor:
         error: Tensor = op.evaluate(x.error)
@@ -351,16 +353,19 @@ class _Analysis:
         axes = tuple(range(-op.spatial, 0))
         off = sum(4 * self.arithmetic.sums * (x.value.shape[axis] + 1) for axis in axes)
         rounding = self.arithmetic.rounding(6 * op.spatial, op.evaluate(x.size))
-        return error + rounding + 2 * off * x.size.amax(axes, keepdim=True)
+        result: Tensor = error + rounding + 2 * off * x.size.amax(axes, keepdim=True)
+        return result
 
     # --- of two values ---------------------------------------------------------------------------------------------
 
     def _sum(self, x: Bounded, y: Bounded, result: Tensor) -> Tensor:
         moved = x.error + y.error
-        return moved + self.arithmetic.rounding(1, result.abs() + moved)
+        total: Tensor = moved + self.arithmetic.rounding(1, result.abs() * (1 + 2 * self.arithmetic.unit) + moved)
+        return total
 
     def _product(self, x: Bounded, y: Bounded) -> Tensor:
-        return x.size * y.error + y.size * x.error + self.arithmetic.rounding(1, x.size * y.size)
+        result: Tensor = x.size * y.error + y.size * x.error + self.arithmetic.rounding(1, x.size * y.size)
+        return result
 
     def _quotient(self, x: Bounded, y: Bounded) -> Tensor:
         least = y.value.abs() - y.error
@@ -372,7 +377,8 @@ class _Analysis:
     def _matrix_product(self, x: Bounded, y: Bounded) -> Tensor:
         g = self.arithmetic.gamma(x.value.shape[-1] + 1) + self.arithmetic.products
         error = x.size @ (y.error + g * y.size) + x.error @ y.size
-        return cast(Tensor, error) + (x.value.shape[-1] + 2) * self.arithmetic.tiny
+        result: Tensor = cast(Tensor, error) + (x.value.shape[-1] + 2) * self.arithmetic.tiny
+        return result
 
     def _softmax(self, x: Bounded, dim: int, blocks: int = 1) -> Tensor:
         """exp(x_i) / sum exp(x_j) moves by a factor exp(e_i + max e); the arguments x - max x round as well."""
@@ -384,7 +390,8 @@ class _Analysis:
         # in half precision a kernel may keep the exponentials and their sum in the memory of the result
         rounding = self.arithmetic.gamma(count, calls=3) + 2 * self.arithmetic.sums * argument
         moved = torch.expm1(x.error + highest) + torch.exp(x.error + highest) * rounding
-        return (p * moved).clamp(max=1.0) + count * self.arithmetic.tiny
+        result: Tensor = (p * moved).clamp(max=1.0) + count * self.arithmetic.tiny
+        return result
 
     # --- elementwise functions -------------------------------------------------------------------------------------
 
@@ -425,7 +432,7 @@ class _Analysis:
         if kwargs.get("dtype") is not None:
             raise _Unbounded("casts to another dtype")
         match op.name, args:
-            case ("mean" | "sum"), [Bounded() as x, *_] if x.value.numel():
+            case (("mean" | "sum"), [Bounded() as x, *_]) if x.value.numel():
                 return self._average(op, x, x.value.numel() // max(y.numel(), 1))
             case name, [Bounded() as x, *_] if name.lower().startswith("adaptive") and "avg" in name.lower():
                 spatial = int(name.rstrip("d")[-1])
@@ -434,15 +441,17 @@ class _Analysis:
             case "pad", [Bounded() as x, amounts, *rest] if not (len(rest) > 2 or kwargs):
                 filling = {} if len(rest) < 2 else {"value": float(self._number(rest[1]).error)}
                 return op.target(x.error, amounts, *rest[:1], **filling)
-            case ("add" | "sub" | "radd" | "rsub"), [Bounded() as a, Bounded() as b] if not kwargs:
+            case (("add" | "sub" | "radd" | "rsub"), [Bounded() as a, Bounded() as b]) if not kwargs:
                 return self._sum(a, b, y)
-            case ("mul" | "multiply" | "rmul"), [Bounded() as a, Bounded() as b] if not kwargs:
+            case (("mul" | "multiply" | "rmul"), [Bounded() as a, Bounded() as b]) if not kwargs:
                 return self._product(a, b)
-            case ("truediv" | "div" | "divide" | "true_divide"), [Bounded() as a, Bounded() as b] if not kwargs:
+            case (("truediv" | "div" | "divide" | "true_divide"), [Bounded() as a, Bounded() as b]) if not kwargs:
                 return self._quotient(a, b)
-            case ("matmul" | "bmm"), [Bounded() as a, Bounded() as b] if min(a.value.dim(), b.value.dim()) > 1:
+            case (("matmul" | "bmm"), [Bounded() as a, Bounded() as b]) if min(a.value.dim(), b.value.dim()) > 1:
                 return self._matrix_product(a, b)
-            case "softmax", [Bounded() as x, *rest] if len(rest) < 2 and isinstance(rest or kwargs.get("dim"), int | list):
+            case "softmax", [Bounded() as x, *rest] if len(rest) < 2 and isinstance(
+                rest or kwargs.get("dim"), int | list
+            ):
                 return self._softmax(x, rest[0] if rest else kwargs["dim"])
             case "Softmax", [Bounded() as x] if op.target.dim is not None:
                 return self._softmax(x, op.target.dim)
@@ -573,7 +582,7 @@ def _spread(error: Any, count: int) -> list[Any]:
     return [error] * count if error is None or isinstance(error, str) else _tensors(error)
 
 
-# --- elementwise functions: what a distance becomes, and the terms whose units in the last place are off ---------------
+# --- elementwise functions: what a distance becomes, and the terms whose units in the last place are off -------------
 
 Rule = Callable[[Activation, Bounded, Tensor], tuple[Tensor, Tensor]]
 

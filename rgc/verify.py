@@ -128,13 +128,13 @@ class Pair:
 
         ``expected``: what the original makes of the example, if that is known.
         """
-        first = self.expected(example) if expected is None else expected
+        first = self._expected(example) if expected is None else expected
         cases, exact = [Case.of(example, first)], self._exact_difference(example, first, LARGEST_ROUNDING)
         for drawn in draw_examples(example, DRAWS[level], free_sizes):
             if not self.accepts(drawn):
                 continue
             try:
-                found = self.expected(drawn)
+                found = self._expected(drawn)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
             if _has_new_ones(drawn, example) and not self._takes(drawn):
@@ -147,11 +147,11 @@ class Pair:
         """The worst differences in the deployed dtype; the compiled form in float64 is not needed for it any more."""
         worst = _Worst()
         for case in cases.cases:
-            expected = self.expected(case.example) if case.expected is None else case.expected
+            expected = self._expected(case.example) if case.expected is None else case.expected
             self._compare(case.example, worst, expected)
         return Verification(True, cases.exact, worst.deployed, worst.own, worst.allowed, worst.count, cases.level)
 
-    def expected(self, example: Example) -> Any:
+    def _expected(self, example: Example) -> Any:
         """What the original makes of an input, in float64 where that is to be had."""
         if self.reference is None:
             return example.cast(self.dtype).run(self.original)

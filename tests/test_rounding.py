@@ -93,7 +93,7 @@ def test_integers_are_computed_without_error_and_still_have_a_bound() -> None:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
     "transposed": lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2)),
     "reflected": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.Hardswish()),
     "norm first": lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6(), nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.SiLU()),
@@ -101,7 +101,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "upsampled": lambda: nn.Sequential(nn.ReLU(), nn.Upsample(scale_factor=1.7, mode="bilinear"), nn.Mish()),
     "norms": lambda: nn.Sequential(nn.GroupNorm(1, 3), nn.ELU(), nn.InstanceNorm2d(3, affine=True), nn.LayerNorm(12)),
     "slopes": lambda: nn.Sequential(nn.PReLU(3), nn.ZeroPad2d(1), nn.LeakyReLU(-0.3), nn.PixelUnshuffle(2)),
-    "sigmoids": lambda: nn.Sequential(nn.Sigmoid(), nn.Conv2d(3, 2, 1), nn.Hardsigmoid(), nn.Softplus(1, 50), nn.Softsign()),
+    "sigmoids": lambda: nn.Sequential(nn.Sigmoid(), nn.Conv2d(3, 2, 1), nn.Softplus(1, 50), nn.Softsign()),
     "softmax": lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.Softmax(1), nn.Conv2d(5, 2, 1)),
 }  # fmt: skip
 
