@@ -333,7 +333,11 @@ def verify_command(
     An .onnx runs in onnxruntime. A folder holds Python code, so it takes --trust, and so does a .pt2 unless it is found
     to carry nothing that runs when it is loaded. Without --input the inputs are those of the certificate, if given.
     """
+    from pathlib import Path
+
+    from rgc.artifact import choose_format
     from rgc.artifact_check import compare
+    from rgc.certificate import certificate_of
     from rgc.certified import Evidence
     from rgc.cli_files import load_artifact, load_original
     from rgc.cli_options import example_for, parse_inputs
@@ -357,6 +361,8 @@ def verify_command(
     print_verification(console(), found)
     if evidence is not None and found.equal:
         print_evidence(console(), evidence)
+    elif found.equal and (beside := certificate_of(Path(artifact), choose_format(artifact))).is_file():
+        console().print(f"note: not held against its certificate; add --certificate {beside}", soft_wrap=True)
     return DONE if found.equal else NOT_EQUIVALENT
 
 

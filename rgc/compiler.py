@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from rgc.cost import OBJECTIVES, Objective, macs, target_named
-from rgc.emit import emit, narrow, opaque_counts, operator_counts
+from rgc.emit import emit, losses, narrow, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import (
@@ -29,7 +29,7 @@ from rgc.example import (
     unchanged_generators,
 )
 from rgc.frontend import TIERS, Capture, capture
-from rgc.ir import Graph
+from rgc.ir import Graph, Value
 from rgc.limits import Limits
 from rgc.passbook import resolve
 from rgc.proof import TOLERANCE
@@ -437,7 +437,7 @@ def _captured_and_proved(
             attempt = _prove(subject, captured, passes, policy, dtype, options)
             return captured, attempt, {path: children[path] for path in captured.compiled}
         except NotEquivalentError as error:
-            if options.strict or not tiers:
+            if options.strict or not tiers or isinstance(error, _LostError):
                 raise
             notes = (*captured.notes, f"{captured.tier}: {error}")
             tiers = TIERS[TIERS.index(captured.tier) + 1 :]
@@ -447,15 +447,36 @@ def _holds_at_any_size(graph: Graph) -> bool:
     return all(value.op.any_size for value in graph.nodes())
 
 
+class _LostError(NotEquivalentError):
+    """Weights do not survive in the deployed dtype; ``refused`` are the firings that made them, to be left out."""
+
+    def __init__(self, message: str, refused: list[Refused]) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+def _lost(found: Sequence[tuple[Value, str, bool]], firings: Sequence[Firing]) -> _LostError:
+    """Name the layers, and for each the last firing that had a part in it, if any."""
+    refused: dict[tuple[str, str], Refused] = {}
+    for value, reason, _ in found:
+        paths = set(value.origin.paths)
+        made = next((each for each in reversed(firings) if paths & set(each.sources)), None)
+        if made is not None:
+            refused[made.rewrite, made.where] = Refused(made.rewrite, made.where, f"of the result, {reason}")
+    where = "; ".join(f"{value.where}: {reason}" for value, reason, _ in found[:3])
+    return _LostError(f"does not survive in its dtype: {where}; choose bfloat16 or float32", list(refused.values()))
+
+
 @dataclass(frozen=True)
 class _Attempt:
-    """A graph rewritten and emitted."""
+    """A graph rewritten and emitted; ``refused`` are firings whose weights would not survive in its dtype."""
 
     graph: Graph
     record: Record
     module: fx.GraphModule
     verification: Verification
     failures: tuple[Failure, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
 
 def _prove(
@@ -463,9 +484,16 @@ def _prove(
 ) -> _Attempt:
     """Rewrite and check the whole model; a rewrite that the check finds guilty is banned, reported, and left out."""
     failures: list[Failure] = []
+    refused: list[Refused] = []
     while True:
         try:
             attempt = _attempt(subject, captured, passes, policy, dtype, options)
+        except _LostError as error:
+            if not error.refused:
+                raise _LostError(f"the compiled model {error}; nothing is emitted", []) from error
+            refused += error.refused
+            policy = replace(policy, banned=policy.banned | {(each.rewrite, each.where) for each in error.refused})
+            continue
         except NotEquivalentError as error:
             culprit = _culprit(subject, captured, passes, policy)
             if culprit is None or options.strict or len(failures) >= MOST_CULPRITS:
@@ -477,7 +505,7 @@ def _prove(
         if options.strict and attempt.record.failures:
             first = attempt.record.failures[0]
             raise NotEquivalentError(f"{first.rewrite} at {first.where}: {first.reason}")
-        return replace(attempt, failures=tuple(failures + attempt.record.failures))
+        return replace(attempt, failures=tuple(failures + attempt.record.failures), refused=tuple(refused))
 
 
 def _attempt(
@@ -496,12 +524,20 @@ def _attempt(
     )  # fmt: skip
     if precise is not None:
         _release(precise)
+    lost = losses(graph, dtype)
+    if any(overflows for _, _, overflows in lost):
+        raise _lost([each for each in lost if each[2]], record.firings)
     narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
     module = emit(graph, dtype).to(subject.device)
     if _is_channels_last(subject.model):
         module = module.to(memory_format=torch.channels_last)
     result = copy_model(module, share_parameters=True)
-    verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
+    try:
+        verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
+    except NotEquivalentError as error:
+        if lost:  # the likely cause, and if it is none, the next attempt says so
+            raise _lost(lost, record.firings) from error
+        raise
     return _Attempt(graph, record, module, verification)
 
 
@@ -593,7 +629,7 @@ def _report(
     after = [attempt.graph, *(child.after for child in children.values())]
     is_cut = attempt.record.cut_short or any(child.record.cut_short for child in children.values())
     record = Record(list(attempt.record.firings), list(attempt.failures), cut_short=is_cut)
-    refusals = attempt.record.refused(attempt.graph)
+    refusals = [*attempt.refused, *attempt.record.refused(attempt.graph)]
     for path, child in children.items():
         record.firings += [replace(each, where=f"{path}.{each.where}") for each in child.record.firings]
         record.failures += [replace(each, where=f"{path}.{each.where}") for each in child.record.failures]

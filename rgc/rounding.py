@@ -244,6 +244,8 @@ class _Analysis:
         with torch.no_grad(), in_float64():
             wide = [tree_map(_widened, each) for each in given]
             exact = evaluate_value(value, wide, {})
+            if not _floats(exact):
+                return
             inputs = [Bounded(each, tree_map(_zeros, each) if _floats(each) else None) for each in wide]
             try:
                 error = self._error(value.op, inputs, exact)

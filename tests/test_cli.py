@@ -181,7 +181,9 @@ def test_a_zoo_model_goes_to_the_working_directory_and_is_the_same_every_time(
 ) -> None:
     assert run(["compile", "zoo:reducenet20", "--format", "python"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("wrote reducenet20.fused/ (")
-    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {"model.py", "model.safetensors"}
+    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {
+        "certificate.json", "model.py", "model.safetensors",
+    }  # fmt: skip
     assert run(["verify", "zoo:reducenet20", "reducenet20.fused/", "--trust"]) == 0
 
 
@@ -208,7 +210,7 @@ def test_the_report_is_written_as_json(folder: Path) -> None:
     assert report["max_error"] <= 1e-10
     assert report["verification"]["level"] == "full"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "model.fused.pt2", "model.pt", "report.json",
+        "model.fused.pt2", "model.fused.pt2.certificate.json", "model.pt", "report.json",
     ]  # fmt: skip
 
 
