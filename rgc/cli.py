@@ -341,7 +341,7 @@ def verify_command(
     from rgc.certified import Evidence
     from rgc.cli_files import load_artifact, load_original
     from rgc.cli_options import example_for, parse_inputs
-    from rgc.cli_output import console, print_evidence, print_verification, progress
+    from rgc.cli_output import console, print_evidence, print_note, print_verification, progress
     from rgc.compiler import require_eval
 
     specs, most = parse_inputs(inputs), _held_to(limits)
@@ -358,11 +358,12 @@ def verify_command(
             example_for(model, specs) if specs or evidence is None else evidence.example or example_for(model, specs)
         )
         found = compare(model, loaded, example, level=level)
-    print_verification(console(), found)
+    beside = certificate_of(Path(artifact), choose_format(artifact))
     if evidence is not None and found.equal:
         print_evidence(console(), evidence)
-    elif found.equal and (beside := certificate_of(Path(artifact), choose_format(artifact))).is_file():
-        console().print(f"note: not held against its certificate; add --certificate {beside}", soft_wrap=True)
+    elif evidence is None and beside.is_file():
+        print_note(console(), f"not held against its certificate; add --certificate {beside}")
+    print_verification(console(), found)
     return DONE if found.equal else NOT_EQUIVALENT
 
 

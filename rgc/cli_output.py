@@ -175,7 +175,12 @@ def print_evidence(out: Console, evidence: Evidence) -> None:
     files = f"{count} file{'s' * (count > 1)}"
     out.print(Text(f"certificate: the original and {files} are those that it describes{inputs}"), soft_wrap=True)
     for remark in evidence.remarks:
-        out.print(Text(f"note: {one_line(remark)}"), soft_wrap=True)
+        print_note(out, remark)
+
+
+def print_note(out: Console, remark: str) -> None:
+    """Something that the user should know, on a line."""
+    out.print(Text(f"note: {one_line(remark)}"), soft_wrap=True)
 
 
 def print_passes(out: Console, passes: Sequence[Pass], sets: dict[str, Iterable[Pass]]) -> None:

@@ -66,6 +66,13 @@ def test_one_changed_weight_of_the_original_ends_with_status_1_and_its_name(
     assert error.count("\n") == 1 and f"{tmp_path}/model.pt: holds other weights" in error
 
 
+def test_a_certificate_that_lies_beside_and_is_not_used_is_mentioned(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", f"{made}/model.pt", f"{made}/model.onnx", *SMALL]) == 0
+    assert f"add --certificate {made}/model.onnx.certificate.json" in capsys.readouterr().out
+
+
 def test_the_certificate_of_another_artifact_ends_with_status_1(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _verify(made, "model.onnx", certificate=f"{made}/model.fused.pt2.certificate.json") == 1
     assert "model.onnx: is not the file that the certificate describes" in capsys.readouterr().err

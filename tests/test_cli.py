@@ -140,7 +140,8 @@ def test_compile_writes_beside_the_input_and_says_what_it_did(folder: Path, caps
     assert last.startswith("wrote model.fused.pt2 (")
     assert "kB; free dimensions: input[0], input[2], input[3])" in last
     assert seen.err == ""
-    assert set(contents(folder)) == {str(folder / "model.pt"), str(folder / "model.fused.pt2")}
+    written = ("model.pt", "model.fused.pt2", "model.fused.pt2.certificate.json")
+    assert set(contents(folder)) == {str(folder / name) for name in written}
     x = torch.randn(3, 3, 9, 10)
     with torch.no_grad():
         found = rgc.load("model.fused.pt2")(x)
