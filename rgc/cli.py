@@ -361,7 +361,7 @@ def verify_command(
     beside = certificate_of(Path(artifact), choose_format(artifact))
     if evidence is not None and found.equal:
         print_evidence(console(), evidence)
-    elif evidence is None and beside.is_file():
+    elif evidence is None and found.equal and beside.is_file():
         print_note(console(), f"not held against its certificate; add --certificate {beside}")
     print_verification(console(), found)
     return DONE if found.equal else NOT_EQUIVALENT
