@@ -19,7 +19,7 @@ from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, copy_model
 from rgc.onnx_artifact import OnnxModel
 from rgc.report import Verification
-from rgc.verify import Level, Pair
+from rgc.verify import Case, Cases, Level, Pair
 
 #: What artifacts raise for inputs that they do not take: onnxruntime through `OnnxModel`, torch by guards and kernels.
 _REFUSALS = (InputError, RuntimeError, AssertionError, ValueError, IndexError, TypeError)
@@ -45,7 +45,35 @@ def compare(
     Drawn batches that the artifact refuses to take are left out: it is then not wrong, but made for one batch size.
     Raises `InputError` where one of the two cannot run the example or a sample; a difference is returned, not raised.
     """
-    example = example.to(torch.device("cpu"))
+    pair = _pair(original, artifact, example.to(torch.device("cpu")))
+    if isinstance(pair, str):
+        return _different(level, pair)
+    refused = next((sample for sample in samples if not pair.accepts(sample.example)), None)
+    if refused is not None:
+        raise InputError(f"the artifact does not take {_describe(refused.example)} ({refused.name})")
+    try:
+        return pair.check(example.to(torch.device("cpu")), level=level, free_sizes=False, samples=samples)
+    except NotEquivalentError as error:
+        return _different(level, str(error))
+
+
+def compare_each(original: nn.Module, artifact: nn.Module, examples: Sequence[Example]) -> list[Verification | None]:
+    """As `compare`, on just these examples of one form, each by itself; None where the original does not take one."""
+    pair = _pair(original, artifact, examples[0])
+    return [_different("quick", pair) if isinstance(pair, str) else _compared(pair, each) for each in examples]
+
+
+def _compared(pair: Pair, example: Example) -> Verification | None:
+    try:
+        return pair.check_deployed(Cases("quick", [Case(example, None)], None))
+    except NotEquivalentError as error:  # which a failure of the artifact is, too
+        return _different("quick", str(error))
+    except _REFUSALS:
+        return None
+
+
+def _pair(original: nn.Module, artifact: nn.Module, example: Example) -> Pair | str:
+    """The two as `Pair` compares them, or why they differ on the example."""
     dtype, device = _dtype_of(artifact, original, example), device_of(artifact)
     reference, precision = _reference(original, example)
     try:
@@ -54,7 +82,7 @@ def compare(
         raise InputError(f"the artifact does not take {_describe(example)}: {_first(error)}") from error
     expected = example.cast(precision).run(_flat(reference))
     if _sizes(found) != _sizes(expected):
-        return _different(level, f"returns {_sizes(found)} where the original returns {_sizes(expected)}")
+        return f"returns {_sizes(found)} where the original returns {_sizes(expected)}"
     accepted = {_shapes(example): True}
 
     def accepts(drawn: Example) -> bool:
@@ -62,16 +90,9 @@ def compare(
             accepted[_shapes(drawn)] = _takes(artifact, drawn.cast(dtype).to(device))
         return accepted[_shapes(drawn)]
 
-    refused = next((sample for sample in samples if not accepts(sample.example)), None)
-    if refused is not None:
-        raise InputError(f"the artifact does not take {_describe(refused.example)} ({refused.name})")
     deployed = _flat(copy_model(original, dtype=dtype).to(device))
     precise = _flat(reference) if precision == torch.float64 else None
-    pair = Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
-    try:
-        return pair.check(example, level=level, free_sizes=False, samples=samples)
-    except NotEquivalentError as error:
-        return _different(level, str(error))
+    return Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
 
 
 def _different(level: Level, reason: str) -> Verification:

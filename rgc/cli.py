@@ -366,14 +366,22 @@ Examples:
   rgc verify model.pt model.fused.pt2
   rgc verify model.pt model.onnx --input 1x3x224x224 --verify full
   rgc verify model.pt model.fused.pt2 --data inputs.npz
+  rgc verify model.pt model.onnx --certificate model.onnx.certificate.json
   rgc verify zoo:reducenet20 reducenet20.fused/ --trust""",
 )
 @click.argument("original")
 @click.argument("artifact")
+@click.option(
+    "--certificate",
+    "certificate",
+    metavar="FILE",
+    help="Check as well that ORIGINAL and every file of ARTIFACT are those of this certificate, on its inputs.",
+)
 @_options(_LEVEL, _DATA, *_LOADING)
 def verify_command(
     original: str,
     artifact: str,
+    certificate: str | None,
     level: Any,
     data: str | None,
     inputs: tuple[str, ...],
@@ -384,27 +392,41 @@ def verify_command(
     """Compare ARTIFACT (.pt2, .onnx or a folder) with its ORIGINAL; exit status 0 if they are equal, 1 if not.
 
     An .onnx runs in onnxruntime. A folder holds Python code, so it takes --trust, and so does a .pt2 unless it is found
-    to carry nothing that runs when it is loaded. Which rewrite is to blame for a difference on --data, rgc compile says
-    with --bisect.
+    to carry nothing that runs when it is loaded. Without --input the inputs are those of the certificate, if given.
+    Which rewrite is to blame for a difference on --data, rgc compile says with --bisect.
     """
+    from pathlib import Path
+
+    from rgc.artifact import choose_format
     from rgc.artifact_check import compare
+    from rgc.certificate import certificate_of
+    from rgc.certified import Evidence
     from rgc.cli_files import load_artifact, load_original
     from rgc.cli_options import example_for, parse_inputs
-    from rgc.cli_output import console, print_verification, progress
+    from rgc.cli_output import console, print_evidence, print_note, print_verification, progress
     from rgc.compiler import require_eval
     from rgc.data import samples_of
 
     specs, most = parse_inputs(inputs), _held_to(limits)
     rows = None if data is None else _read_data(data, most)
+    evidence = None if certificate is None else Evidence.of(certificate, artifact)
     with progress(f"loading {artifact}"):
         loaded = load_artifact(artifact, trust, most)
     with progress(f"loading {original}"):
         model = load_original(original, arch, trust, most)
     require_eval(model)
-    example = example_for(model, specs)
-    samples = () if rows is None else samples_of(rows, example, model)
     with progress("comparing"):
+        if evidence is not None:
+            evidence = evidence.checked(original, model, loaded)
+        own = None if specs or evidence is None else evidence.example
+        example = own or example_for(model, specs)
+        samples = () if rows is None else samples_of(rows, example, model)
         found = compare(model, loaded, example, level=level, samples=samples)
+    beside = certificate_of(Path(artifact), choose_format(artifact))
+    if evidence is not None and found.equal:
+        print_evidence(console(), evidence)
+    elif evidence is None and found.equal and beside.is_file():
+        print_note(console(), f"not held against its certificate; add --certificate {beside}")
     print_verification(console(), found)
     return DONE if found.equal else NOT_EQUIVALENT
 

@@ -19,7 +19,7 @@ from rgc.limits import Limits
 from rgc.loading import load_model
 from rgc.plan_file import plan_text
 from rgc.pt2_inspection import reason_to_distrust
-from rgc.saving import save
+from rgc.saving import save_from
 from rgc.workshop import publish, workshop, write_whole
 
 
@@ -58,7 +58,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write(compiled: CompiledModule, destination: Destination, source: str) -> Artifact:
     """Artifact, report and plan, or none; ``source``, where the model came from, is never overwritten."""
-    protect = () if source.startswith("zoo:") else (source,)
+    file = None if source.startswith("zoo:") else Path(source)
+    protect = () if file is None else (file,)
     texts: dict[Path, str] = {}
     if destination.report is not None:
         texts[destination.report] = compiled.report.to_json() + "\n"
@@ -66,7 +67,7 @@ def write(compiled: CompiledModule, destination: Destination, source: str) -> Ar
         texts[destination.plan] = plan_text(compiled.plan)
     with contextlib.ExitStack() as drafting:
         drafts = {path: _draft(drafting, path, text) for path, text in texts.items()}
-        written = save(compiled, destination.artifact, format=destination.format, protect=protect)
+        written = save_from(compiled, destination.artifact, file, format=destination.format, protect=protect)
         for path, draft in drafts.items():
             with _written(path):
                 publish(draft, path)

@@ -20,6 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rgc.artifact import Artifact
     from rgc.calibration import Calibration
+    from rgc.certified import Evidence
     from rgc.compiler import Trace
     from rgc.report import Verification
     from rgc.rewrite import Example, Pass, Term
@@ -164,6 +165,22 @@ def print_verification(out: Console, found: Verification) -> None:
     table.add_row("inputs", f"{found.examples} ({found.level})")
     out.print(table)
     out.print(Text("equal"), style="bold")
+
+
+def print_evidence(out: Console, evidence: Evidence) -> None:
+    """What of a certificate was checked again."""
+    count = len(evidence.certificate.artifact.files)
+    seeds = ", ".join(str(check.seed) for check in evidence.checks)
+    inputs = f"; equal on the inputs of seed{'s' * (len(evidence.checks) > 1)} {seeds}" if seeds else ""
+    files = f"{count} file{'s' * (count > 1)}"
+    out.print(Text(f"certificate: the original and {files} are those that it describes{inputs}"), soft_wrap=True)
+    for remark in evidence.remarks:
+        print_note(out, remark)
+
+
+def print_note(out: Console, remark: str) -> None:
+    """Something that the user should know, on a line."""
+    out.print(Text(f"note: {one_line(remark)}"), soft_wrap=True)
 
 
 def print_passes(out: Console, passes: Sequence[Pass], sets: dict[str, Iterable[Pass]]) -> None:

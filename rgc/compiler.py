@@ -21,7 +21,7 @@ from rgc.attribution import Attribution, first_failing
 from rgc.cost import CPU, OBJECTIVES, Objective, macs, target_named
 from rgc.data import Sample, samples_of
 from rgc.decisions import Decisions
-from rgc.emit import emit, narrow, opaque_counts, operator_counts
+from rgc.emit import emit, losses, narrow, opaque_counts, operator_counts
 from rgc.engine import Policy, Record, apply, copy_graph
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import (
@@ -35,13 +35,14 @@ from rgc.example import (
     unchanged_generators,
 )
 from rgc.frontend import TIERS, Capture, capture
-from rgc.ir import Graph
+from rgc.ir import Graph, Value
 from rgc.limits import Limits
 from rgc.passbook import resolve
 from rgc.precision import is_precise
 from rgc.proof import TOLERANCE
-from rgc.report import Failure, Firing, Refused, Report, Verification
+from rgc.report import ErrorBound, Failure, Firing, Refused, Report, Verification
 from rgc.rewrite import Pass
+from rgc.rounding import bound_errors
 from rgc.verify import Level, Pair, require_level
 
 #: So many rewrites may fail at the level of the model before compiling gives up.
@@ -380,7 +381,34 @@ def compile_with(
     source = copy_model(model, share_parameters=True)
     undone = (*(by.undone if by else ()), *attempt.undone)
     plan = Plan(source, task.example, options, policy.target.name, firings, policy.decisions, undone)
-    return CompiledModule.of(attempt.module, report, plan, task.example.cast(task.dtype))
+    compiled = CompiledModule.of(attempt.module, report, plan, task.example.cast(task.dtype))
+    if options.verify == "full":
+        bound = error_bound(compiled)
+        compiled.report = replace(report, bound=bound, seconds=time.perf_counter() - started)
+    return compiled
+
+
+def error_bound(compiled: CompiledModule, example_inputs: Any = None) -> ErrorBound | None:
+    """How far rounding can take ``compiled`` from its original, for any order of summation, and how far it does.
+
+    On ``example_inputs``, by default those it was compiled for; None where the original does not run in float64, so
+    that nothing tells rounding from anything else. Method and assumptions: `rgc.rounding`. Raises `NotEquivalentError`
+    where more than rounding is found.
+
+    >>> import torch, rgc
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+    >>> bound = rgc.error_bound(rgc.compile(model, torch.randn(1, 8)))
+    >>> bound.outputs[0].measured <= bound.outputs[0].bound < 1e-4
+    True
+    """
+    difference = compiled.report.max_error
+    if difference is None:
+        return None
+    given = compiled.example if example_inputs is None else example_of(compiled, example_inputs)
+    example = given.cast(floating_dtype(compiled, given))
+    with unchanged_generators():
+        precise = precise_form(compiled.plan.source, example.to(torch.device("cpu")).cast(torch.float64))
+        return bound_errors(compiled, example.to(device_of(compiled)), precise.expected, difference)
 
 
 def bisect(
@@ -612,7 +640,7 @@ def _captured_and_proved(task: _Task, policy: Policy) -> tuple[_Traced, _Attempt
         try:
             return _prove(task, traced)
         except NotEquivalentError as error:
-            if task.options.strict or not tiers:
+            if task.options.strict or not tiers or isinstance(error, _LostError):
                 raise
             notes = (*traced.capture.notes, f"{traced.capture.tier}: {error}")
             tiers = TIERS[TIERS.index(traced.capture.tier) + 1 :]
@@ -622,9 +650,29 @@ def _holds_at_any_size(graph: Graph) -> bool:
     return all(value.op.any_size for value in graph.nodes())
 
 
+class _LostError(NotEquivalentError):
+    """Weights do not survive in the deployed dtype; ``refused`` are the firings that made them, to be left out."""
+
+    def __init__(self, message: str, refused: list[Refused]) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+def _lost(found: Sequence[tuple[Value, str, bool]], firings: Sequence[Firing]) -> _LostError:
+    """Name the layers, and for each the last firing that had a part in it, if any."""
+    refused: dict[tuple[str, str], Refused] = {}
+    for value, reason, _ in found:
+        paths = set(value.origin.paths)
+        made = next((each for each in reversed(firings) if paths & set(each.sources)), None)
+        if made is not None:
+            refused[made.rewrite, made.where] = Refused(made.rewrite, made.where, f"of the result, {reason}")
+    where = "; ".join(f"{value.where}: {reason}" for value, reason, _ in found[:3])
+    return _LostError(f"does not survive in its dtype: {where}; choose bfloat16 or float32", list(refused.values()))
+
+
 @dataclass(frozen=True)
 class _Attempt:
-    """A graph rewritten and emitted."""
+    """A graph rewritten and emitted; ``refused`` are firings whose weights would not survive in its dtype."""
 
     graph: Graph
     record: Record
@@ -632,6 +680,7 @@ class _Attempt:
     verification: Verification
     failures: tuple[Failure, ...] = ()
     undone: tuple[tuple[str, str], ...] = ()  # by what a user's own data have shown
+    refused: tuple[Refused, ...] = ()
 
 
 def _prove(task: _Task, traced: _Traced) -> tuple[_Traced, _Attempt]:
@@ -639,10 +688,19 @@ def _prove(task: _Task, traced: _Traced) -> tuple[_Traced, _Attempt]:
     strict = task.options.strict
     failures: list[Failure] = []
     undone: list[tuple[str, str]] = []
+    refused: list[Refused] = []
     while True:
         graph, record = _rewritten_within(task, traced)
         try:
             attempt = _proved(task, traced, graph, record)
+        except _LostError as error:
+            del graph
+            if not error.refused:
+                raise _LostError(f"the compiled model {error}; nothing is emitted", []) from error
+            refused += error.refused
+            banned = traced.policy.banned | {(each.rewrite, each.where) for each in error.refused}
+            traced = traced.under(task, replace(traced.policy, banned=banned))
+            continue
         except NotEquivalentError as error:
             del graph
             culprit = _culprit(task, traced, record)
@@ -657,7 +715,8 @@ def _prove(task: _Task, traced: _Traced) -> tuple[_Traced, _Attempt]:
         if strict and attempt.record.failures:
             first = attempt.record.failures[0]
             raise NotEquivalentError(f"{first.rewrite} at {first.where}: {first.reason}")
-        return traced, replace(attempt, failures=tuple(failures + attempt.record.failures), undone=tuple(undone))
+        found = tuple(failures + attempt.record.failures)
+        return traced, replace(attempt, failures=found, undone=tuple(undone), refused=tuple(refused))
 
 
 def _culprit(task: _Task, traced: _Traced, record: Record) -> Firing | None:
@@ -706,12 +765,20 @@ def _proved(
         cases = pair.check_samples_in_float64(samples, options.verify)
     if precise is not None:
         _release(precise)
+    lost = losses(graph, dtype)
+    if any(overflows for _, _, overflows in lost):
+        raise _lost([each for each in lost if each[2]], record.firings)
     narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
     module = emit(graph, dtype).to(subject.device)
     if _is_channels_last(subject.model):
         module = module.to(memory_format=torch.channels_last)
     result = copy_model(module, share_parameters=True)
-    verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
+    try:
+        verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
+    except NotEquivalentError as error:
+        if lost:  # the likely cause, and if it is none, the next attempt says so
+            raise _lost(lost, record.firings) from error
+        raise
     return _Attempt(graph, record, module, verification)
 
 
@@ -801,7 +868,7 @@ def _report(subject: _Subject, traced: _Traced, attempt: _Attempt, passes: Seque
     after = [attempt.graph, *(child.after for child in children.values())]
     is_cut = attempt.record.cut_short or any(child.record.cut_short for child in children.values())
     record = Record(list(attempt.record.firings), list(attempt.failures), cut_short=is_cut)
-    refusals = attempt.record.refused(attempt.graph)
+    refusals = [*attempt.refused, *attempt.record.refused(attempt.graph)]
     for path, child in children.items():
         record.firings += [replace(each, where=f"{path}.{each.where}") for each in child.record.firings]
         record.failures += [replace(each, where=f"{path}.{each.where}") for each in child.record.failures]

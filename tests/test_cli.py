@@ -140,7 +140,8 @@ def test_compile_writes_beside_the_input_and_says_what_it_did(folder: Path, caps
     assert last.startswith("wrote model.fused.pt2 (")
     assert "kB; free dimensions: input[0], input[2], input[3])" in last
     assert seen.err == ""
-    assert set(contents(folder)) == {str(folder / "model.pt"), str(folder / "model.fused.pt2")}
+    written = ("model.pt", "model.fused.pt2", "model.fused.pt2.certificate.json")
+    assert set(contents(folder)) == {str(folder / name) for name in written}
     x = torch.randn(3, 3, 9, 10)
     with torch.no_grad():
         found = rgc.load("model.fused.pt2")(x)
@@ -181,7 +182,9 @@ def test_a_zoo_model_goes_to_the_working_directory_and_is_the_same_every_time(
 ) -> None:
     assert run(["compile", "zoo:reducenet20", "--format", "python"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("wrote reducenet20.fused/ (")
-    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {"model.py", "model.safetensors"}
+    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {
+        "certificate.json", "model.py", "model.safetensors",
+    }  # fmt: skip
     assert run(["verify", "zoo:reducenet20", "reducenet20.fused/", "--trust"]) == 0
 
 
@@ -208,7 +211,7 @@ def test_the_report_is_written_as_json(folder: Path) -> None:
     assert report["max_error"] <= 1e-10
     assert report["verification"]["level"] == "full"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "model.fused.pt2", "model.pt", "report.json",
+        "model.fused.pt2", "model.fused.pt2.certificate.json", "model.pt", "report.json",
     ]  # fmt: skip
 
 

@@ -421,3 +421,50 @@ def test_a_culprit_inside_a_part_that_is_compiled_in_place_is_named_by_its_whole
     report = rgc.compile(model, X, passes=["default", lose_wide_clamp], data=data_that_reach_it()).report
     assert [(each.rewrite, each.where) for each in report.failures] == [("lose_wide_clamp", "part.clamp")]
     assert any(firing.where == "part.norm" for firing in report.rewrites), "the rest of the part stays compiled"
+
+
+def _folds_beyond_float16() -> nn.Module:
+    """A convolution and a batch norm that float16 holds, and whose product it does not."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    with torch.no_grad():
+        model[0].weight.fill_(400.0)
+        model[0].weight[:, 1:].fill_(-200.0)
+        model[0].bias.zero_()
+        model[1].running_mean.zero_()
+        model[1].running_var.fill_(0.0)
+        model[1].weight.fill_(1.0)
+    return model.half()
+
+
+def test_a_merge_whose_weights_leave_the_range_of_float16_is_refused_by_name() -> None:
+    x = torch.randn(2, 3, 6, 6).half() / 1000
+    report = rgc.compile(_folds_beyond_float16(), x).report
+    assert not [firing for firing in report.rewrites if firing.rewrite == "fold_batchnorm"] and not report.failures
+    (refused,) = [each for each in report.refusals if each.rewrite == "fold_batchnorm"]
+    assert refused.reason == "of the result, 1.26e+05 is beyond the range of float16 (at most 65504)"
+    assert report.ops_after["BatchNorm2d"] == 1
+    kept = rgc.compile(_folds_beyond_float16(), x, dtype=torch.bfloat16).report
+    assert kept.ops_after["BatchNorm2d"] == 0  # whose range is that of float32
+
+
+def test_a_model_whose_own_weights_leave_the_range_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        model[1].weight.fill_(1e5)
+    with pytest.raises(NotEquivalentError, match=r"1: 1e\+05 is beyond the range of float16 .*; choose bfloat16 or"):
+        rgc.compile(model, torch.randn(1, 4), dtype=torch.float16)
+
+
+def test_a_merge_whose_weights_fade_in_float16_is_refused_by_name_where_it_matters() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False)
+    ).eval()
+    with torch.no_grad():
+        for layer, factor in zip((model[0], model[1], model[3]), (1e-3, 3e-4, 1e4), strict=True):
+            layer.weight.mul_(factor)
+    x = torch.randn(1, 3, 8, 8) * 100
+    assert rgc.compile(model, x, objective="depth").report.ops_after["Conv2d"] == 2
+    report = rgc.compile(model, x, objective="depth", dtype=torch.float16).report
+    reasons = [each.reason for each in report.refusals if each.rewrite == "merge_pointwise"]
+    assert report.ops_after["Conv2d"] == 3 and not report.failures
+    assert "of the result, float16 keeps fewer than 8 bits of the weights of a channel" in reasons[0]
