@@ -80,9 +80,9 @@ class Law:
 
     instances: draws for each form of graph, at least. forms: the examples and their variations. firings: how many were
     compared. patterns: how many of the rewrite's patterns have fired, and how many it has; (0, 0) for a graph pass.
-    degree: the largest bound, all numbers together. draws: the size of the smallest set that numbers are drawn from.
-    chance: at most so probably a rewrite that is wrong on one of the forms agrees on all its instances; None where the
-    law is not polynomial.
+    evidence: the classes of evidence that firings were recorded with. degree: the largest bound, all numbers together.
+    draws: the size of the smallest set that numbers are drawn from. chance: at most so probably a rewrite that is wrong
+    on one of the forms agrees on all its instances; None where the law is not polynomial.
     """
 
     rewrite: str
@@ -90,6 +90,7 @@ class Law:
     forms: int
     firings: int
     patterns: tuple[int, int]
+    evidence: tuple[str, ...]
     degree: int
     draws: int
     chance: float | None
@@ -132,6 +133,7 @@ def prove(each: Pass, *, instances: int = 8, seed: int = 0) -> Law:
         len(found),
         sum(proof.firings for proof in found),
         (0, 0) if isinstance(each, GraphPass) else (len(fired), len(each.cases)),
+        tuple(sorted(set[str]().union(*(proof.evidence for proof in found)))),
         max(proof.degree + proof.scale_degree for proof in found),
         min(proof.smallest_set for proof in found),
         max(proof.chance for proof in found) if all(proof.is_polynomial for proof in found) else None,
@@ -193,6 +195,7 @@ class _Proof:
     scale_degree: int = 0
     is_polynomial: bool = True
     cases: set[int] = field(default_factory=set)
+    evidence: set[str] = field(default_factory=set)
 
     @property
     def smallest_set(self) -> int:
@@ -249,7 +252,9 @@ def _proof(each: Pass, form: Graph, example: Example, instances: int, seed: int)
         try:
             while proof.instances < instances or not proof.is_enough:
                 draw = Draw(numbers, (seed * len(RANGES) + index) * MOST_INSTANCES + proof.instances)
-                proof.cases |= _fire(each, form, example, draw, partial(_compare, draw=draw, proof=proof))
+                fired = _fire(each, form, example, draw, partial(_compare, draw=draw, proof=proof))
+                proof.cases |= fired.cases
+                proof.evidence |= fired.evidence
                 proof.instances += 1
         except RoundedError:
             continue
@@ -257,8 +262,16 @@ def _proof(each: Pass, form: Graph, example: Example, instances: int, seed: int)
     raise _InconclusiveError("some number rounds in float64, however small the integers")
 
 
-def _fire(each: Pass, form: Graph, example: Example, draw: Draw, meet: Meeting) -> set[int]:
-    """Apply the pass to one instance, and let ``meet`` compare what it replaces; which cases have fired."""
+@dataclass(frozen=True)
+class _Fired:
+    """Which cases have fired, and the evidence that was recorded."""
+
+    cases: set[int]
+    evidence: set[str]
+
+
+def _fire(each: Pass, form: Graph, example: Example, draw: Draw, meet: Meeting) -> _Fired:
+    """Apply the pass to one instance, and let ``meet`` compare what it replaces."""
     graph = draw.graph(form, fixed=example.fixed_size)
     before, origin = copy_graph(graph), dict[Value, int]()
     cases: set[int] = set()
@@ -282,7 +295,7 @@ def _fire(each: Pass, form: Graph, example: Example, draw: Draw, meet: Meeting) 
         if record.failures:
             raise LawError(record.failures[0].reason)
         if cases:
-            return cases
+            return _Fired(cases, {firing.evidence for firing in record.firings})
     reasons = "; ".join(dict.fromkeys(record.refusals.values()))
     raise _InconclusiveError(f"it does not fire on integers ({reasons or 'its pattern does not occur'})")
 
