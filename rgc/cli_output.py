@@ -224,6 +224,10 @@ def print_law(out: Console, law: Law | None = None) -> None:
         table.add_row("evidence", Text(", ".join(law.evidence)))
         table.add_row("law", Text(str(law)))
         table.add_row("assuming", Text(law.assumption))
+    formulas = (
+        "sizes, strides, padding, dilation and the border are proved for all numbers (tests/test_axis.py, by sympy)"
+    )
+    table.add_row("formulas", Text(formulas))
     table.add_row("firings", Text("each one is compared in float64 with what it replaces, and so is the whole model"))
     _print_indented(out, table)
 
