@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import sys
 
-from rgc.cli_output import law_row
+from rgc.cli_output import LAW_COLUMNS, law_row
 from rgc.laws import prove
 from rgc.passes import ALL, OPT_IN
-
-COLUMNS = ("pass", "forms", "patterns", "firings", "instances", "degree", "sets of", "chance if wrong")
 
 
 def main() -> None:
     """Print one row for each pass as soon as it is proved."""
     instances = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-    print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}")
+    print(f"| {' | '.join(LAW_COLUMNS)} |\n| --- |{' ---: |' * (len(LAW_COLUMNS) - 1)}")
     for each in (*ALL, *OPT_IN):
         print(f"| {' | '.join(law_row(prove(each, instances=instances)))} |", flush=True)
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rgc.report import Verification
     from rgc.rewrite import Example, Pass, Term
 
+#: What `law_row` tells of a law.
+LAW_COLUMNS = ("pass", "forms", "patterns", "firings", "tries", "degree", "set", "chance")
+
 #: What stands in the source of no pass.
 _OTHER_REASONS = "for the reasons of the algebra (the border ring, strides, groups) and of the cost model"
 
@@ -224,9 +227,7 @@ def print_law(out: Console, law: Law | None = None) -> None:
         table.add_row("evidence", Text(", ".join(law.evidence)))
         table.add_row("law", Text(str(law)))
         table.add_row("assuming", Text(law.assumption))
-    formulas = (
-        "sizes, strides, padding, dilation and the border are proved for all numbers (tests/test_axis.py, by sympy)"
-    )
+    formulas = "sizes, strides, padding, dilation and borders are proved for all numbers (tests/test_axis.py, by sympy)"
     table.add_row("formulas", Text(formulas))
     table.add_row("firings", Text("each one is compared in float64 with what it replaces, and so is the whole model"))
     _print_indented(out, table)
@@ -234,15 +235,15 @@ def print_law(out: Console, law: Law | None = None) -> None:
 
 def print_laws(out: Console, laws: Iterable[Law]) -> None:
     """The laws of several passes, one a row."""
-    columns = ("pass", "forms", "patterns", "firings", "instances", "degree", "sets of", "chance if wrong")
-    _print_table(out, columns, map(law_row, laws), right=range(1, len(columns)))
+    _print_table(out, LAW_COLUMNS, map(law_row, laws), right=range(1, len(LAW_COLUMNS)))
+    out.print(Text("chance: at most, that a wrong pass agrees on all tries; -: not polynomial, so none is stated"))
 
 
 def law_row(law: Law) -> list[str]:
     """The numbers of a law."""
     fired, known = law.patterns
     counts = [law.forms, f"{fired} of {known}" if known else "-", law.firings, law.instances, law.degree, law.draws]
-    return [law.rewrite, *map(str, counts), "not polynomial" if law.chance is None else f"{law.chance:.0e}"]
+    return [law.rewrite, *map(str, counts), "-" if law.chance is None else f"{law.chance:.0e}"]
 
 
 def _names_of(kind: Any) -> str:

@@ -315,10 +315,8 @@ def test_passes_proves_all_in_a_table(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("rgc.passes.ALL", (rgc.passes.fold_border, rgc.passes.drop_identity))
     monkeypatch.setattr("rgc.passes.OPT_IN", ())
     assert run(["passes", "--prove"]) == 0
-    first, *rows = capsys.readouterr().out.splitlines()
-    assert first.split()[:3] == ["pass", "forms", "patterns"] and [row.split()[0] for row in rows] == [
-        "fold_border", "drop_identity",
-    ]  # fmt: skip
+    names = [row.split()[0] for row in capsys.readouterr().out.splitlines()]
+    assert names[:3] == ["pass", "fold_border", "drop_identity"]
 
 
 def test_a_plugin_adds_its_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
