@@ -35,12 +35,12 @@ from rgc.compiler import trace
 from rgc.cost import Objective
 from rgc.engine import Policy, apply, copy_graph
 from rgc.errors import RgcError
+from rgc.inexact import on_one_thread, watch_rounding
 from rgc.instances import Draw, Range, exact_form, varied
 from rgc.ir import Graph, Value
 from rgc.proof import small_shapes
 from rgc.ranges import Interval
 from rgc.rewrite import Case, Example, GraphPass, Pass, Rewrite
-from rgc.rounding import on_one_thread, watch_rounding
 from rgc.sides import ROUNDED, Difference, Reading, RoundedError, Sides, degrees, in_words, smallest
 
 #: What numbers are drawn from: the first range in which nothing rounds.

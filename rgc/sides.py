@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from rgc.errors import RgcError
+from rgc.inexact import watch_rounding
 from rgc.instances import Draw, Range
 from rgc.ir import Operator, Value, topological
 from rgc.operators import Activation, BatchNorm, Multiply
-from rgc.rounding import watch_rounding
 from rgc.views import takes_shape_of_another
 
 #: Activations f with f(t) - f(-t) = t.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgc import rounding
 from rgc.errors import RgcError
-from rgc.rounding import on_one_thread, watch_rounding
+from rgc.inexact import on_one_thread, watch_rounding
 
 
 def _integers(*shape: int, largest: int = 100) -> Tensor:
