@@ -582,25 +582,43 @@ def calibrate_command(target: str, dtype: str, threads: str | None, seconds: flo
 Examples:
   rgc passes
   rgc passes merge_branches
+  rgc passes merge_branches --prove
   rgc passes --plugin my_passes.py""",
 )
 @click.argument("name", required=False)
+@click.option(
+    "--prove", "proves", is_flag=True,
+    help="Try whether it is a law: on random integers, with arithmetic that does not round (some seconds a pass).",
+)  # fmt: skip
 @_options(_PLUGIN)
-def passes_command(name: str | None, plugins: tuple[str, ...]) -> None:
-    """List the passes; with NAME, show what one states, matches, fires on and leaves alone."""
+def passes_command(name: str | None, proves: bool, plugins: tuple[str, ...]) -> None:
+    """List the passes; with NAME, show what one states, matches, refuses, fires on and leaves alone.
+
+    With --prove, also how probably a wrong pass would have stood its trial. Exit status 1 if one is wrong.
+    """
     from rgc.cli_options import load_plugin
-    from rgc.cli_output import console, print_pass, print_passes
+    from rgc.cli_output import console, print_law, print_laws, print_pass, print_passes, progress
     from rgc.passbook import resolve
     from rgc.passes import ALL, DEFAULT, OPT_IN
 
     added = {each.name: each for plugin in plugins for each in load_plugin(plugin)}
-    if name is None:
-        print_passes(console(), [*ALL, *OPT_IN, *added.values()], {"default": DEFAULT, "all": ALL})
-    elif name in added:
-        print_pass(console(), added[name])
+    known = {each.name: each for each in (*ALL, *OPT_IN)} | added
+    chosen = list(known.values()) if name is None else [known[name] if name in known else resolve([name])[0][0]]
+    laws = []
+    if proves:
+        from rgc.laws import prove
+
+        with progress("proving") as say:
+            for each in chosen:
+                say(each.name)
+                laws.append(prove(each))
+    if name is not None:
+        print_pass(console(), chosen[0])
+        print_law(console(), *laws)
+    elif proves:
+        print_laws(console(), laws)
     else:
-        known = {each.name: each for each in (*ALL, *OPT_IN)}
-        print_pass(console(), known[name] if name in known else resolve([name])[0][0])
+        print_passes(console(), chosen, {"default": DEFAULT, "all": ALL})
 
 
 def _read_data(path: str, most: Limits) -> Any:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
     from rgc.calibration import Calibration
     from rgc.certified import Evidence
     from rgc.compiler import Trace
+    from rgc.laws import Law
     from rgc.report import Verification
     from rgc.rewrite import Example, Pass, Term
+
+#: What `law_row` tells of a law.
+LAW_COLUMNS = ("pass", "forms", "patterns", "firings", "tries", "degree", "set", "chance")
+
+#: What stands in the source of no pass.
+_OTHER_REASONS = "for the reasons of the algebra (the border ring, strides, groups) and of the cost model"
 
 #: Work that is over sooner shows no progress: a flicker tells nobody anything.
 _PATIENCE = 1.0
@@ -202,24 +210,57 @@ def first_sentence(statement: str) -> str:
 
 
 def print_pass(out: Console, shown: Pass) -> None:
-    """One pass: what it states, which patterns it matches, and its examples."""
+    """One pass: what it states, which patterns it matches, its examples, and what it may refuse."""
+    from rgc.reasons import reasons_of
     from rgc.rewrite import GraphPass
 
     _print_heading(out, shown.name)
     out.print(Text(reflowed(shown.statement)))
-    if isinstance(shown, GraphPass):
-        out.print(Text("\nIt rewrites the graph as a whole: it has no pattern."))
-        return
     _print_heading(out, "\nmatches")
-    for case in shown.cases:
+    if isinstance(shown, GraphPass):
+        _print_indented(out, Text("the graph as a whole: it has no pattern"))
+    for case in [] if isinstance(shown, GraphPass) else shown.cases:
         holes = ", ".join(f"{name}: {_names_of(kind)}" for name, (kind, _) in case.holes.items())
-        out.print(Text(f"  {pattern_text(case.pattern)}   with {holes}"))
+        _print_indented(out, Text(f"{pattern_text(case.pattern)}   with {holes}"))
     fires, leaves = ([e for e in shown.examples if e.fires is wanted] for wanted in (True, False))
     for heading, examples in (("fires on", fires), ("leaves alone", leaves)):
         if examples:
             _print_heading(out, f"\n{heading}")
             columns = ("example", "input", *([] if heading == "fires on" else ["because"]))
             _print_table(out, columns, (_example_row(example) for example in examples))
+    _print_heading(out, "\nmay refuse because")
+    own = reasons_of(shown)
+    for reason in [*own, f"{'and ' if own else ''}{_OTHER_REASONS}"]:
+        _print_indented(out, Text(reason))
+
+
+def print_law(out: Console, law: Law | None = None) -> None:
+    """How much a pass is proved to be a law, or how to have it proved."""
+    _print_heading(out, "\nproof")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    if law is None:
+        table.add_row("law", Text("not tried here: --prove tries it on random integers, without rounding"))
+    else:
+        table.add_row("evidence", Text(", ".join(law.evidence)))
+        table.add_row("law", Text(str(law)))
+        table.add_row("assuming", Text(law.assumption))
+    formulas = "sizes, strides, padding, dilation and borders are proved for all numbers (tests/test_axis.py, by sympy)"
+    table.add_row("formulas", Text(formulas))
+    table.add_row("firings", Text("each one is compared in float64 with what it replaces, and so is the whole model"))
+    _print_indented(out, table)
+
+
+def print_laws(out: Console, laws: Iterable[Law]) -> None:
+    """The laws of several passes, one a row."""
+    _print_table(out, LAW_COLUMNS, map(law_row, laws), right=range(1, len(LAW_COLUMNS)))
+    out.print(Text("chance: at most, that a wrong pass agrees on all tries; -: not polynomial, so none is stated"))
+
+
+def law_row(law: Law) -> list[str]:
+    """The numbers of a law."""
+    fired, known = law.patterns
+    counts = [law.forms, f"{fired} of {known}" if known else "-", law.firings, law.instances, law.degree, law.draws]
+    return [law.rewrite, *map(str, counts), "-" if law.chance is None else f"{law.chance:.0e}"]
 
 
 def _names_of(kind: Any) -> str:
@@ -261,6 +302,10 @@ def _example_row(example: Example) -> list[str]:
 
 def _print_heading(out: Console, text: str) -> None:
     out.print(Text(text, style="bold"))
+
+
+def _print_indented(out: Console, content: RenderableType) -> None:
+    out.print(Padding(content, (0, 0, 0, 2), expand=False))
 
 
 def _print_table(

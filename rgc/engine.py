@@ -53,6 +53,9 @@ class Policy:
     decisions: Decisions = field(default_factory=Decisions)
 
 
+#: What proves a firing, as `check_firing` does: old value, new value, sources; the error, or a `NotEquivalentError`.
+Proof = Callable[..., float]
+
 #: What two neighbours are joined with instead of each other, both sides with themselves.
 Segments = tuple[tuple[Value, ...], tuple[Value, ...]]
 
@@ -93,16 +96,24 @@ class Record:
 
 
 def apply(
-    graph: Graph, passes: Sequence[Pass], policy: Policy, same: Callable[[Graph], float] = lambda _: 0.0
+    graph: Graph,
+    passes: Sequence[Pass],
+    policy: Policy,
+    same: Callable[[Graph], float] = lambda _: 0.0,
+    proof: Proof | None = None,
 ) -> tuple[Graph, Record]:
-    """Run ``passes`` to their fixed point; ``same`` measures how far a graph pass has led from the original."""
+    """Run ``passes`` to their fixed point; ``same`` measures how far a graph pass has led from the original.
+
+    ``proof`` is asked of every firing of a rewrite instead of `check_firing`.
+    """
     record = Record()
     allowance = MOST_FIRINGS_PER_NODE * (len(graph) + 10)
     while True:
         before = len(record.firings)
         graph = _run_graph_passes(graph, [p for p in passes if isinstance(p, GraphPass)], policy, record, same)
         record.require_progress(allowance)
-        worker = _Worklist(graph, [p for p in passes if isinstance(p, Rewrite)], policy, record, allowance)
+        rewrites = [p for p in passes if isinstance(p, Rewrite)]
+        worker = _Worklist(graph, rewrites, policy, record, allowance, proof or check_firing)
         worker.run()
         if len(record.firings) == before or _exhausted(policy, record):
             return graph, record
@@ -120,10 +131,16 @@ def copy_graph(graph: Graph) -> Graph:
 
 class _Worklist:
     def __init__(
-        self, graph: Graph, rewrites: Sequence[Rewrite], policy: Policy, record: Record, allowance: int
+        self,
+        graph: Graph,
+        rewrites: Sequence[Rewrite],
+        policy: Policy,
+        record: Record,
+        allowance: int,
+        proof: Proof,
     ) -> None:
         self.graph, self.policy, self.record, self.allowance = graph, policy, record, allowance
-        self.rewrites = rewrites
+        self.rewrites, self.proof = rewrites, proof
         cases = [(rewrite, case) for rewrite in rewrites for case in rewrite.cases]
         self.local = [pair for pair in cases if not pair[1].matches_regions]
         self.regional = [pair for pair in cases if pair[1].matches_regions]
@@ -298,7 +315,7 @@ class _Worklist:
             _require_no_copies(match, dying)
         sources = [value for value in match.values.values() if value not in match.interior]
         ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
-        error = check_firing(match.target, replacement, sources, ranges=ranges)
+        error = self.proof(match.target, replacement, sources, ranges=ranges)
         origin = _merged_origin(match)
         self._replace(match, new, added, origin)
         labels = tuple(value.op.label for value in added)
@@ -675,5 +692,6 @@ def _exhausted(policy: Policy, record: Record) -> bool:
 
 
 __all__ = [
-    "Policy", "Record", "Segments", "apply", "build", "copy_graph", "joined_by_plan", "planner_of", "require_gain",
+    "Policy", "Proof", "Record", "Segments", "apply", "build", "copy_graph", "joined_by_plan", "planner_of",
+    "require_gain",
 ]  # fmt: skip

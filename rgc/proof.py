@@ -67,7 +67,7 @@ def check_firing(
             raise NotEquivalentError(f"{old.where}: differs by {distance:.1e} of its scale on a random input of {size}")
         return distance
 
-    seen = [difference(index, shapes) for index, shapes in enumerate(_small_shapes(before + after, sources))]
+    seen = [difference(index, shapes) for index, shapes in enumerate(small_shapes(before + after, sources))]
     if all(distance is None for distance in seen):
         seen = [difference(index, exact) for index in range(len(MAGNITUDES))]
     if None in seen and len(set(seen)) == 1:
@@ -120,7 +120,7 @@ def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple
     return results[root], scale
 
 
-def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
+def small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
     exact = [source.tensor_type.shape for source in sources]
     spatial = {value.op.spatial_axes(value.type) for value in values if value.type is not None} - {None}

@@ -291,8 +291,35 @@ def test_passes_lists_all_and_explains_one(folder: Path, capsys: pytest.CaptureF
     assert "bn(conv(x))   with x: Value, conv: Conv | AvgPool, bn: BatchNorm" in shown
     assert "convolution without bias" in shown
     assert "batch statistics" in shown
+    assert "may refuse because" in shown and "it reads {x}" in " ".join(shown.split())
+    assert "not tried here: --prove" in shown
     assert run(["passes", "hygiene"]) == 0
     assert "has no pattern" in capsys.readouterr().out
+
+
+def test_passes_proves_one_and_says_how_probably_a_wrong_one_passes(
+    folder: Path, capsys: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    assert run(["passes", "fold_border", "--prove"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "equal, no rounding a wrong rewrite passes with a chance of at most" in shown
+    assert "evidence bitwise" in shown or "evidence exact" in shown
+    assert "assuming the replacement's numbers are polynomials" in shown
+    (folder / "mine.py").write_text(
+        "from torch import nn\nfrom rgc import Activation, Value, rewrite\n\n\n"
+        "@rewrite(lambda x, act: act(x))\ndef lose(x: Value, act: Activation) -> Value:\n    return x\n\n\n"
+        "@lose.fires_on(shape=(2, 3))\ndef relu() -> nn.Module:\n    return nn.Sequential(nn.ReLU()).eval()\n"
+    )
+    line = fails("passes", "lose", "--prove", "--plugin", "mine.py", status=1)
+    assert "lose on the example 'relu': no law: [relu] became [nothing], and at " in line
+
+
+def test_passes_proves_all_in_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("rgc.passes.ALL", (rgc.passes.fold_border, rgc.passes.drop_identity))
+    monkeypatch.setattr("rgc.passes.OPT_IN", ())
+    assert run(["passes", "--prove"]) == 0
+    names = [row.split()[0] for row in capsys.readouterr().out.splitlines()]
+    assert names[:3] == ["pass", "fold_border", "drop_identity"]
 
 
 def test_a_plugin_adds_its_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
