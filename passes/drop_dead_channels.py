@@ -499,7 +499,7 @@ def kernels_of_zeros_before_a_padded_convolution() -> nn.Module:
 @drop_dead_channels.fires_on(shape=(2, 3, 9, 8))
 def kernels_of_zeros_whose_norm_makes_constants_of_them() -> nn.Module:
     pruned = _without(nn.Conv2d(3, 8, 3), rows=(1, 2))
-    return nn.Sequential(pruned, nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 3), nn.Sigmoid()).eval()
+    return nn.Sequential(pruned, nn.BatchNorm2d(8), nn.Hardtanh(), nn.Conv2d(8, 4, 3), nn.Sigmoid()).eval()
 
 
 @drop_dead_channels.fires_on(shape=(2, 3, 9, 8))
@@ -509,7 +509,7 @@ def channels_that_no_layer_reads() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish(), depthwise, nn.ReLU(), reader).eval()
 
 
-@drop_dead_channels.fires_on(shape=(2, 3, 8, 8))
+@drop_dead_channels.fires_on(shape=(2, 3, 10, 10))
 def dead_channels_before_a_classifier() -> nn.Module:
     pruned = _without(nn.Conv2d(3, 8, 3), rows=(2, 4))
     return nn.Sequential(pruned, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)).eval()
@@ -548,16 +548,16 @@ def dead_channels_of_the_output() -> nn.Module:
 @drop_dead_channels.fires_on(shape=(2, 3, 9, 8))
 def constants_that_end_at_the_border_of_a_padded_convolution() -> nn.Module:
     pruned = _without(nn.Conv2d(3, 8, 3), rows=(1, 2, 5))
-    return nn.Sequential(pruned, nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU()).eval()
+    return nn.Sequential(pruned, nn.Hardtanh(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU()).eval()
 
 
 @drop_dead_channels.fires_on(shape=(2, 3, 5, 6))
 def constants_that_end_at_the_border_of_a_transposed_convolution() -> nn.Module:
     pruned = _without(nn.Conv2d(3, 8, 3), rows=(0, 4))
-    return nn.Sequential(pruned, nn.Sigmoid(), nn.ConvTranspose2d(8, 4, 3, stride=2), nn.ReLU()).eval()
+    return nn.Sequential(pruned, nn.Hardtanh(), nn.ConvTranspose2d(8, 4, 3, stride=2), nn.ReLU()).eval()
 
 
 @drop_dead_channels.leaves_alone(shape=(2, 3, 9, 8), because="")
 def one_constant_before_a_padded_convolution() -> nn.Module:
     pruned = _without(nn.Conv2d(3, 8, 3), rows=(1,))
-    return nn.Sequential(pruned, nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU()).eval()
+    return nn.Sequential(pruned, nn.Hardtanh(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU()).eval()

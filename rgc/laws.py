@@ -9,7 +9,7 @@ verification of polynomial identities", J. ACM 27(4), 1980, lemma 1, for the pow
 leave (d/r + s/q)^n for each form of graph that was tried: the examples of the rewrite, and variations of their
 geometry.
 
-- Exact: equality is `torch.equal`, in float64, and the processor says that nothing has rounded (`rgc.rounding`). Where
+- Exact: equality is `torch.equal`, in float64, and the processor says that nothing has rounded (`rgc.inexact`). Where
   something has, all instances are drawn again from smaller numbers, and the chances of both attempts add up.
 - d and s are bounds for everything that multiplies no parameter with itself: each value of the pattern brings one
   factor for each of its parameters. The pattern is of that kind by what its operators are. That the replacement is so
