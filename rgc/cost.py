@@ -304,7 +304,7 @@ def macs(value: Value) -> int:
 def parameters(value: Value) -> int:
     """Elements of the operator's parameters; the statistics of a batch norm are no parameters."""
     if isinstance(value.op, Conv):  # without computing a deferred weight
-        return math.prod(value.op.shape) + (0 if value.op.bias is None else value.op.bias.numel())
+        return math.prod(value.op.shape) + _bias_elements(value.op)
     if isinstance(value.op, BatchNorm):
         return sum(tensor.numel() for tensor in (value.op.weight, value.op.bias) if tensor is not None)
     return 0 if isinstance(value.op, Input) else sum(tensor.numel() for tensor in value.op.tensors())
@@ -348,8 +348,11 @@ def _products_of_sums(value: Value) -> list[tuple[int, int, int]]:
 
 
 def _bytes_of_bias(value: Value) -> float:
-    bias = value.op.bias if isinstance(value.op, Conv) else None
-    return 0.0 if bias is None else float(bias.numel() * value.tensor_type.dtype.itemsize)
+    return float(_bias_elements(value.op) * value.tensor_type.dtype.itemsize) if isinstance(value.op, Conv) else 0.0
+
+
+def _bias_elements(conv: Conv) -> int:
+    return 0 if conv.bias_shape is None else math.prod(conv.bias_shape)
 
 
 def _bytes_moved(value: Value) -> float:
