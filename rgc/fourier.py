@@ -59,8 +59,8 @@ def _convolved(
         return None
     padded = F.pad(x, [p for p in reversed(paddings) for _ in range(2)])
     spread = weight.new_zeros(*weight.shape[:2], *extent)
-    taps = tuple(slice(0, e, d) for e, d in zip(extent, dilations, strict=True))
-    spread[(..., *taps)] = weight
+    taps: tuple[Any, ...] = (..., *(slice(0, e, d) for e, d in zip(extent, dilations, strict=True)))
+    spread[taps] = weight
     axes, longer = tuple(range(-rank, 0)), [_fast_length(n) for n in size]
     signal = torch.fft.rfftn(padded, longer, axes).chunk(groups, 1)
     # a window that begins at a valid position ends inside, so nothing wraps around
