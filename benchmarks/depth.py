@@ -22,6 +22,7 @@ from benchmarks.latency import MODELS, Entry
 from rgc.compiler import Trace, trace
 from rgc.ir import Graph, Value
 from rgc.neighbours import after, is_linear
+from rgc.rearrange import Rearrangement
 from rgc.testing import randomize
 
 COLUMNS = ("model", "passes", "linear operators", "latency", "depth", "pairs left", "without a reason", "reasons")
@@ -66,18 +67,21 @@ def traced(entry: Entry, objective: Literal["latency", "depth"]) -> Trace:
     return trace(model, torch.randn(1, *entry.sample), passes=entry.passes.split(","), objective=objective)
 
 
+def is_layer(value: Value) -> bool:
+    """Is it a linear operator that does something, and no view, which costs nothing?"""
+    return is_linear(value) and not (isinstance(value.op, Rearrangement) and value.op.is_view)
+
+
 def linear_operators(graph: Graph) -> int:
-    """The linear operators of a graph that do something."""
-    return sum(map(is_linear, graph.nodes()))
+    """How many of them a graph holds."""
+    return sum(map(is_layer, graph.nodes()))
 
 
 def pairs_left(found: Trace) -> Iterator[Pair]:
     """Every pair of linear operators in a row that the graph still holds."""
-    for first in found.graph.nodes():
-        if not is_linear(first):
-            continue
+    for first in filter(is_layer, found.graph.nodes()):
         for between, second in after(found.graph, first):
-            if is_linear(second) and all(value.op.affine for value in between):
+            if is_layer(second) and all(value.op.affine for value in between):
                 at = {second, *between}
                 refused = {reason: None for (_, value), reason in found.record.refusals.items() if value in at}
                 yield Pair(first, second, tuple(refused))
@@ -86,7 +90,9 @@ def pairs_left(found: Trace) -> Iterator[Pair]:
 def kind_of(reason: str) -> str:
     """The reason without what it says of the one place: up to its first colon, and without numbers and names."""
     plain = re.split(r": |; ", reason)[0]
-    return re.sub(r"\b(transposed )?(conv|linear|avg_pool|average pool)[\w >/=.-]*\d+[\w >/=.-]*", "a layer", plain)
+    return re.sub(
+        r"\b(transposed )?(conv \S+|linear) \d+->\d+( /\d+)?( groups=\d+)?( \+ \w+( map)?)*", "a layer", plain
+    )
 
 
 if __name__ == "__main__":

@@ -133,11 +133,12 @@ def measured(entry: Entry, options: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     model = randomize(entry.build()).to(options.device)
     x = torch.randn(options.batch, *entry.sample, device=options.device)
+    kind = torch.device(options.device).type
     cells: list[str] = []
     original = 0.0
     for passes in PASSES.values():
         started = time.perf_counter()
-        compiled = rgc.compile(model, x, passes=passes, objective=options.objective, target=options.device)
+        compiled = rgc.compile(model, x, passes=passes, objective=options.objective, target=kind)
         seconds = time.perf_counter() - started
         found = rgc.bench(
             model,
