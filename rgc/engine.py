@@ -130,7 +130,7 @@ class _Worklist:
         self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(map(weakref.ref, nodes))  # what has been replaced meanwhile need not live on
         self.waiting = set(nodes)
-        self.made: set[Value] = set()  # by rewrites, and not visited since
+        self.made: set[Value] = set()  # by rewrites, and not come to since
         self.copying: OrderedDict[weakref.ref[Value], None] = OrderedDict()  # where a match holds what others use too
         self.planner = planner_of(rewrites, policy)
 
@@ -144,11 +144,11 @@ class _Worklist:
                 value = self.pending.popleft()()
                 if value is None or value not in self.graph:
                     continue
+                self.made.discard(value)
                 if self.made.intersection(value.inputs):  # after them: of a long chain neighbours merge in pairs,
                     self.pending.append(weakref.ref(value))  # these again in pairs, and so most merges are small
                     continue
                 self.waiting.discard(value)
-                self.made.discard(value)
                 self._visit(value, may_copy=False)
             elif self.copying:
                 value = self.copying.popitem(last=False)[0]()
