@@ -150,6 +150,7 @@ class _Worklist:
         self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(map(weakref.ref, nodes))  # what has been replaced meanwhile need not live on
         self.waiting = set(nodes)
+        self.made: set[Value] = set()  # by rewrites, and not come to since
         self.copying: OrderedDict[weakref.ref[Value], None] = OrderedDict()  # where a match holds what others use too
         self.planner = planner_of(rewrites, policy)
 
@@ -161,9 +162,14 @@ class _Worklist:
         while not _exhausted(self.policy, self.record):
             if self.pending:
                 value = self.pending.popleft()()
-                if value is not None and value in self.graph:
-                    self.waiting.discard(value)
-                    self._visit(value, may_copy=False)
+                if value is None or value not in self.graph:
+                    continue
+                self.made.discard(value)
+                if self.made.intersection(value.inputs):  # after them: of a long chain neighbours merge in pairs,
+                    self.pending.append(weakref.ref(value))  # these again in pairs, and so most merges are small
+                    continue
+                self.waiting.discard(value)
+                self._visit(value, may_copy=False)
             elif self.copying:
                 value = self.copying.popitem(last=False)[0]()
                 if value is not None and value in self.graph:
@@ -374,12 +380,14 @@ class _Worklist:
             if value in self.graph and value not in self.waiting:
                 self.waiting.add(value)
                 self.pending.append(weakref.ref(value))
+        self.made.update(value for value in added if value in self.waiting)
 
     def _forget(self, gone: list[Value]) -> None:
         """Let go of values that the graph holds no more, and of their weights with them."""
         for value in gone:
             self.order.pop(value, None)
             self.waiting.discard(value)
+            self.made.discard(value)
             for rewrite in self.rewrites:
                 self.record.refusals.pop((rewrite.name, value), None)
             self.uses[id(value.op)] -= 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgc.errors import NotEquivalentError, RgcError
+from rgc.fourier import fourier_convolutions
 from rgc.ir import Value, evaluate_value, topological
 from rgc.operators import Call, Constant
 from rgc.ranges import Interval
@@ -111,7 +112,7 @@ def _largest(tensor: Tensor) -> float:
 def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple[Tensor, float]:
     results: dict[Value, Any] = dict(inputs)
     scale = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), fourier_convolutions():
         for value in values:
             result = evaluate_value(value, [results[used] for used in value.inputs], {}, torch.float64)
             results[value] = result

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgc.algebra import (
     Conv,
+    Deferred,
     Linear,
     Scale,
     _linear_part,  # the candidate that the border predicate judges
@@ -1120,3 +1121,14 @@ def test_a_size_of_other_axes_than_those_of_the_first_operator_is_a_refusal(law:
         law(linear, channels, ())
     with pytest.raises(Refusal, match="act on different axes"):
         law(linear, Conv(ones(3, 3, 1)), ())
+
+
+def test_a_composition_computes_neither_weight_nor_bias_before_they_are_read() -> None:
+    first, second = (Conv(torch.randn(4, 4, 3, 3), torch.randn(4)) for _ in range(2))
+    made = second @ first
+    assert isinstance(made, Conv) and made.bias_shape == (4,) and not made.has_bias_map
+    assert all(isinstance(made.__dict__[name], Deferred) for name in ("weight", "bias"))
+    assert made.bias is not None and made.bias.shape == (4,) and isinstance(made.__dict__["bias"], torch.Tensor)
+    x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    twice = second.cast(torch.float64).evaluate(first.cast(torch.float64).evaluate(x))
+    torch.testing.assert_close(made.evaluate(x), twice)
