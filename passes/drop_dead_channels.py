@@ -98,6 +98,8 @@ def _channels_of(value: Value, given: list[_Channels | None]) -> _Channels | Non
         return _Channels(axis, _of_pair(op, *numbers)) if _is_channelwise(value, axis) else None
     if isinstance(op, Concat):
         return _Channels(axis, torch.cat(numbers)) if op.axis == axis else None
+    if len(value.inputs) > 1:
+        return None
     if _takes(op, value.inputs[0], axis):
         return _Channels(axis, _mapped(op, numbers[0]))
     return _moved(value, known[0])
