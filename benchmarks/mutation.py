@@ -7,8 +7,10 @@ proof draws. So a mutant is
 
 - *refused*: a firing failed its check, a trace was not believed, or nothing was emitted;
 - *survivor*: a wrong result was handed out. The proof has a hole, and the exit status is 1;
-- *harmless*: every result is right. Either other merges are made than before (each of them proved), or another reason
-  is given, or nothing at all changes: which, is printed for each of them, with the number of models that ran the line.
+- *harmless*: every result is right. The argument why is printed for each of them, with the number of models that ran
+  the line: other merges are made than before, each of them proved; or fewer; or only the words of a refusal differ; or
+  the changed expression has, in every evaluation, the very value that it had before; or it has not, but all that comes
+  of it has the same bits.
 
 The mutated code may be what the proof itself evaluates operators with, but the proof (`rgc.proof`, `rgc.verify`) is not
 mutated. Mutants, models and weights are the same in every run.
@@ -21,6 +23,7 @@ import ast
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +45,8 @@ from torch import Tensor, nn
 
 import rgc
 from rgc.errors import RgcError
-from rgc.mutants import Mutant, mutants_of, planted
+from rgc.example import is_same_tensor
+from rgc.mutants import Mutant, mutants_of, observed, planted
 from rgc.passes import ALL, OPT_IN
 from rgc.proof import relative_difference
 from rgc.report import Report
@@ -62,7 +66,7 @@ FILES = tuple(
 #: So many models try each mutant before one that changes nothing is called harmless.
 MOST_MODELS = 12
 
-#: Seconds for one compilation under a mutant; the slowest model takes less than one without.
+#: Seconds of processor time for one compilation under a mutant; the slowest model takes less than one without.
 PATIENCE = 20
 
 #: How far a result may be from its model in float64, relative to the scale of the output.
@@ -200,7 +204,7 @@ class _Prepared:
     model: nn.Module
     example: Tensor
     calls: list[tuple[Tensor, Any]]
-    baseline: Report
+    baseline: rgc.CompiledModule
 
 
 @cache
@@ -210,7 +214,7 @@ def _prepared(index: int) -> _Prepared:
     model = randomize(subject.build(), 0).double()
     example = torch.randn(subject.shape, dtype=torch.float64)
     calls = [(x, _output(model, x)) for x in _inputs(subject.shape)]
-    return _Prepared(model, example, calls, _compiled(subject, model, example).report)
+    return _Prepared(model, example, calls, _compiled(subject, model, example))
 
 
 def _inputs(shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -243,16 +247,22 @@ Lines = dict[tuple[str, int], list[int]]
 
 
 def covered(subjects: Sequence[Subject], say: Callable[[str], None]) -> Lines:
-    """For each line of `FILES` the models, by their place in the corpus, whose compilation runs it."""
+    """For each line of `FILES` the models, by their place in the corpus, whose compilation runs it.
+
+    A line that a model itself runs is of an example, and no rule: a fault there makes another model.
+    """
     wanted = {os.path.realpath(path): path for path in FILES}
     lines: dict[tuple[str, int], set[int]] = defaultdict(set)
+    own: set[tuple[str, int]] = set()
     for index in range(len(subjects)):
-        _prepared(index)  # what runs only the first time, such as imports, runs before
+        prepared = _prepared(index)  # what runs only the first time, such as imports, runs before
+        with _traced(wanted, lambda path, line: own.add((path, line))):
+            _output(prepared.model, prepared.example)
         with _traced(wanted, lambda path, line, index=index: lines[path, line].add(index)):
             _compiled(subjects[index], _prepared(index).model, _prepared(index).example)
         if index % 50 == 49:
             say(f"traced {index + 1} models")
-    return {place: sorted(found) for place, found in lines.items()}
+    return {place: sorted(found) for place, found in lines.items() if place not in own}
 
 
 @contextmanager
@@ -390,9 +400,30 @@ def verdict_on(mutant: Mutant, models: Sequence[int], most: int = MOST_MODELS) -
         status = effect.partition(":")[0]
         if status in ("refused", "survivor"):
             return _verdict(mutant, status, effect.partition(": ")[2], effects.total(), corpus()[index].name)
-    order = ("other merges are made, each of them proved", "another reason is given", "nothing changes")
-    how = next(each for each in order if effects[each])
+    how = next(each for each in _ARGUMENTS if effects[each])
+    if how == _SAME_BITS:
+        how = _observation(mutant, tried)
     return _verdict(mutant, "harmless", how, effects.total())
+
+
+#: Why a mutant is harmless, by what it leads to on any model; the first that applies.
+_OTHER, _FEWER = "other merges are made, each of them proved", "refuses more: fewer merges, each of them proved"
+_WORDS, _SAME_BITS = "only the words of refusals differ", "all that is made has the same bits"
+_ROUNDING = "the same merges, with weights that differ by rounding"
+_ARGUMENTS = (_OTHER, _FEWER, _ROUNDING, _WORDS, _SAME_BITS)
+
+
+def _observation(mutant: Mutant, models: Sequence[int]) -> str:
+    """Why all that is made has the same bits: whether the mutated expression ever has another value."""
+    evaluations = differences = 0
+    for index in models:
+        prepared = _prepared(index)
+        with observed(mutant) as found:
+            _compiled(corpus()[index], prepared.model, prepared.example)
+        evaluations, differences = evaluations + found.evaluations, differences + found.differences
+    if not differences:
+        return f"the same value in each of {evaluations:,} evaluations"
+    return f"another value in {differences:,} of {evaluations:,} evaluations, but {_SAME_BITS}"
 
 
 def _verdict(mutant: Mutant, status: str, how: str, models: int, model: str = "") -> Verdict:
@@ -426,7 +457,7 @@ def _effect(mutant: Mutant, subject: Subject, prepared: _Prepared) -> str:
         return "refused: the firing is not equal"
     if [note for note in report.notes if "traces another function" in note or "cannot trace" in note]:
         return "refused: the trace is not believed"
-    return _change(report, prepared.baseline)
+    return _change(compiled, prepared)
 
 
 def _wrong(compiled: nn.Module, report: Report, prepared: _Prepared) -> str | None:
@@ -450,12 +481,25 @@ def _leaves(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def _change(report: Report, before: Report) -> str:
-    if (report.rewrites, report.ops_after) != (before.rewrites, before.ops_after):
-        made = [[(each.rewrite, each.where, each.result) for each in one.rewrites] for one in (report, before)]
-        if made[0] != made[1]:
-            return "other merges are made, each of them proved"
-    return "another reason is given" if report.refusals != before.refusals else "nothing changes"
+def _change(compiled: rgc.CompiledModule, prepared: _Prepared) -> str:
+    report, before = compiled.report, prepared.baseline.report
+    made, made_before = (Counter(_merges(one)) for one in (report, before))
+    if made != made_before:
+        return _FEWER if made < made_before else _OTHER
+    if not _has_same_bits(compiled, prepared.baseline):
+        return _ROUNDING
+    return _WORDS if report.refusals != before.refusals else _SAME_BITS
+
+
+def _merges(report: Report) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(each.rewrite, each.where, tuple(each.result)) for each in report.rewrites]
+
+
+def _has_same_bits(one: nn.Module, other: nn.Module) -> bool:
+    """The same code over the same weights."""
+    left, right = one.state_dict(), other.state_dict()
+    same_weights = left.keys() == right.keys() and all(is_same_tensor(left[name], right[name]) for name in left)
+    return same_weights and getattr(one, "code", None) == getattr(other, "code", None)
 
 
 class _TooLongError(BaseException):
@@ -467,13 +511,13 @@ def _patience() -> Iterator[None]:
     def ring(signal_number: int, frame: FrameType | None) -> None:
         raise _TooLongError
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(PATIENCE)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def print_verdicts(verdicts: Sequence[Verdict], pool: int, models: int) -> None:
@@ -487,8 +531,10 @@ def print_verdicts(verdicts: Sequence[Verdict], pool: int, models: int) -> None:
         table.add_row(file or "all", *map(str, row))
     console.print(f"{len(verdicts)} of {pool} mutants whose line runs, {models} models, torch {torch.__version__}\n")
     console.print(table)
-    by_how = Counter(verdict.how for verdict in verdicts if verdict.status == "refused")
-    console.print("\nrefused: " + ", ".join(f"{how} ({count})" for how, count in by_how.most_common()), markup=False)
+    for status in ("refused", "harmless"):
+        by_how = Counter(_kind_of(verdict.how) for verdict in verdicts if verdict.status == status)
+        console.print(f"\n{status}: " + ", ".join(f"{how} ({count})" for how, count in by_how.most_common()),
+                      markup=False, soft_wrap=True)  # fmt: skip
     for status in ("survivor", "harmless"):
         those = [verdict for verdict in verdicts if verdict.status == status]
         if those:
@@ -496,6 +542,11 @@ def print_verdicts(verdicts: Sequence[Verdict], pool: int, models: int) -> None:
         for verdict in those:
             where = f" [{verdict.model}]" if verdict.model else f" (on {verdict.models} models)"
             console.print(f"- {verdict.mutant}: {verdict.how}{where}", markup=False, soft_wrap=True)
+
+
+def _kind_of(how: str) -> str:
+    """How, without its numbers."""
+    return re.sub(r"\d[\d,]*( of \d[\d,]*)? ", "", how)
 
 
 if __name__ == "__main__":

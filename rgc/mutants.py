@@ -2,23 +2,32 @@
 
 A mutation changes one expression or statement: an operator, a comparison, a sign, a constant, an argument, a term of a
 sum, a guard, a side of the padding. It is planted by giving the live function the mutated code, and taken out again
-after, so that a process can try hundreds of them.
+after, so that a process can try hundreds of them. In the same way a fault can be observed instead: the whole code runs
+on, and for each evaluation it is noted whether the fault would have given the same value.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
 
 #: What `require(condition, reason)` is called: a guard.
 _GUARD = "require"
+
+#: By which name observed code finds what counts.
+_OBSERVER = "__observed_by_rgc__"
 
 #: Names that a hand swaps for one another.
 _TWINS = {
@@ -85,16 +94,57 @@ def mutants_of(path: str, is_code: Callable[[ast.AST], bool] = lambda _: True) -
 
 @contextmanager
 def planted(mutant: Mutant) -> Iterator[None]:
-    """Let every live function of the mutant's file that contains the fault run the mutated code, for a while."""
-    mutated = _codes(compile(_mutated(mutant), mutant.path, "exec", dont_inherit=True))
+    """Let every live function of the mutant's file that contains the fault run the mutated code, for a while.
+
+    Raises `LookupError` where no live function contains it.
+    """
+    with _running(mutant, _mutated(mutant)):
+        yield
+
+
+@dataclass
+class Observed:
+    """How often a mutated expression was evaluated, and how often the fault would have given another value."""
+
+    evaluations: int = 0
+    differences: int = 0
+
+    def __call__(self, whole: Callable[[], Any], faulty: Callable[[], Any]) -> Any:
+        """The value of the whole expression, after a look at that of the faulty one."""
+        value = whole()
+        self.evaluations += 1
+        try:
+            same = _is_same(value, faulty())
+        except Exception:  # a fault may raise anything, and then it has no value
+            same = False
+        self.differences += not same
+        return value
+
+
+@contextmanager
+def observed(mutant: Mutant) -> Iterator[Observed]:
+    """Count, for a while, how often the fault would give another value; nothing that the code computes changes.
+
+    A guard that is dropped gives another value where it refuses. Raises `LookupError` as `planted`.
+    """
+    record = Observed()
+    with _running(mutant, _observing(mutant), {_OBSERVER: record}):
+        yield record
+
+
+@contextmanager
+def _running(mutant: Mutant, tree: ast.Module, names: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """The live functions of the mutant's file run what ``tree`` says, with ``names`` among their globals."""
+    changed_codes = _codes(compile(tree, mutant.path, "exec", dont_inherit=True))
     whole = _codes_of(mutant.path, _source(mutant.path))
-    changed = {key: code for key, code in mutated.items() if key in whole and code != whole[key]}
+    changed = {key: code for key, code in changed_codes.items() if key in whole and code != whole[key]}
     replaced: list[tuple[FunctionType, CodeType]] = []
     for function in _functions_of(mutant.path):
         code = changed.get(_key(function.__code__))
         if code is not None and code.co_freevars == function.__code__.co_freevars:
             replaced.append((function, function.__code__))
             function.__code__ = code
+            function.__globals__.update(names)
     if not replaced:
         raise LookupError(f"{mutant.name}: no live function runs this line")
     try:
@@ -102,6 +152,8 @@ def planted(mutant: Mutant) -> Iterator[None]:
     finally:
         for function, code in replaced:
             function.__code__ = code
+            for name in names:
+                function.__globals__.pop(name, None)
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -158,9 +210,39 @@ def _is_inside(function: Sequence[Definition], is_code: Callable[[ast.AST], bool
 
 
 def _mutated(mutant: Mutant) -> ast.Module:
+    tree, old, new = _parts(mutant)
+    return _replaced(tree, old, new)
+
+
+def _observing(mutant: Mutant) -> ast.Module:
+    """The file with `Observed` asked for the value of the changed expression; that of a condition, for a statement."""
+    tree, old, new = _parts(mutant)
+    match old, new:
+        case ast.If(test), ast.If(other):
+            return _replaced(tree, test, _observation(test, other))
+        case ast.Expr(ast.Call(_, [condition, *_])), ast.Pass():
+            return _replaced(tree, condition, _observation(condition, ast.Constant(True)))
+        case ast.expr(), ast.expr():
+            return _replaced(tree, old, _observation(old, new))
+    raise LookupError(f"{mutant.name}: no expression")  # pragma: no cover
+
+
+def _observation(old: ast.expr, new: ast.expr) -> ast.Call:
+    nothing = ast.arguments([], [], None, [], [], None, [])
+    # a copy: where the new expression holds parts of the old one, a node would be visited twice
+    both: list[ast.expr] = [ast.Lambda(nothing, copy.deepcopy(each)) for each in (old, new)]
+    return ast.Call(ast.Name(_OBSERVER, ast.Load()), both, [])
+
+
+def _parts(mutant: Mutant) -> tuple[ast.Module, ast.AST, ast.AST]:
+    """The file, the node that the mutant changes, and what it becomes."""
     tree = _parsed(mutant.path)
     old, _ = _nodes(tree)[mutant.place]
     _, _, new = _changes(old)[mutant.way]
+    return tree, old, new
+
+
+def _replaced(tree: ast.Module, old: ast.AST, new: ast.AST) -> ast.Module:
     ast.copy_location(new, old)
 
     class Replace(ast.NodeTransformer):
@@ -169,6 +251,15 @@ def _mutated(mutant: Mutant) -> ast.Module:
 
     Replace().visit(tree)
     return ast.fix_missing_locations(tree)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Is it the same value, bit for bit?"""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.dtype == other.dtype and torch.equal(value, other)
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return len(value) == len(other) and all(map(_is_same, value, other))
+    return value is other or (type(value) is type(other) and bool(value == other))
 
 
 def _changes(node: ast.AST) -> list[Change]:
@@ -293,4 +384,4 @@ def _resolved(path: str) -> str:
     return os.path.realpath(path)
 
 
-__all__ = ["Mutant", "mutants_of", "planted"]
+__all__ = ["Mutant", "Observed", "mutants_of", "observed", "planted"]

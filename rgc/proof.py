@@ -1,8 +1,9 @@
 """Does one firing keep the function? The matched values and their replacement, same real weights, in float64.
 
-Sizes are small, odd and even, and large enough to reach every border and the interior; where an operator holds at one
-size only, that size is used. An affine difference that is not zero shows at a random point with probability 1; inputs
-of two magnitudes show what clamps.
+Sizes are small, odd and even, and large enough to reach every border and the interior; one image is long, one is as
+small as the windows allow, and batches differ, so that a rule shows which holds at some of them only. Where an operator
+holds at one size only, that size is used. An affine difference that is not zero shows at a random point with
+probability 1; inputs of two magnitudes show what clamps.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ MAGNITUDES = (1.0, 100.0)
 
 #: Positions on an axis, at least: so many that a draw shows what a bound of a range hides.
 SMALLEST = 4
+
+#: Samples of the inputs, in turn.
+BATCHES = (1, 2)
+
+#: So many times the stride, at least, is the last axis of the first image longer than the others.
+LONGER = 3
 
 #: How an operator says that it does not take an input.
 _DECLINES = (RuntimeError, ValueError, TypeError, IndexError, RgcError)
@@ -58,9 +65,13 @@ def check_firing(
             expected, scale = _run(before, old, inputs)
         except _DECLINES:
             return None  # the original itself does not take this size
+        if not expected.numel():
+            return None  # all of it is cut off
         try:
             found, _ = _run(after, new, inputs)
-        except _DECLINES as error:
+        except (
+            Exception
+        ) as error:  # the result is its author's code, weights that are put off too, and may raise anything
             reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
             raise NotEquivalentError(f"{old.where}: the result fails on a random input of {size}: {reason}") from error
         distance = relative_difference(expected, found, scale)
@@ -75,6 +86,7 @@ def check_firing(
         raise NotEquivalentError(
             f"{old.where}: it does not run in float64 on a random input, so nothing proves the result"
         )
+    seen += [difference(0, shapes) for shapes in _smallest_shapes(before + after, sources)]
     return max(distance for distance in seen if distance is not None)
 
 
@@ -123,28 +135,49 @@ def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple
 
 def small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
+    axes = _free_axes(values, sources)
+    if axes is None:
+        return []
+    reach, stride = _reach(values, sources)
+    reach = max(reach, SMALLEST)
+    residues = min(max(stride, 2), 4)  # sizes that leave different remainders behind the last window
+    sizes = [[reach + stride + (index + axis) % residues for axis in range(axes)] for index in range(residues)]
+    if axes:
+        sizes[0][-1] += LONGER * residues
+    images = [(BATCHES[index % len(BATCHES)], size) for index, size in enumerate(sizes)]
+    return [[_small(source, samples, size) for source in sources] for samples, size in images]
+
+
+def _smallest_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
+    """One position, and as many as the widest window, on every axis alike; none as for `_small_shapes`."""
+    axes = _free_axes(values, sources)
+    if not axes:
+        return []
+    window, _ = _reach(values, sources)
+    return [[_small(source, 1, [n] * axes) for source in sources] for n in dict.fromkeys((1, window))]
+
+
+def _free_axes(values: list[Value], sources: Sequence[Value]) -> int | None:
+    """How many of the last axes of all sources may have any size; None where only the example's size is sure."""
     exact = [source.tensor_type.shape for source in sources]
     spatial = {value.op.spatial_axes(value.type) for value in values if value.type is not None} - {None}
     free = all(v.op.any_size and not isinstance(v.op, Assign | Call | Constant) for v in values)
     if not free or len(spatial) > 1 or len({len(shape) for shape in exact}) > 1:
-        return []
+        return None
     axes = next(iter(spatial), None)
     if axes is None:  # nothing tells channels from positions: the first two axes stay as they are
         axes = max(len(exact[0]) - 2, 0)
     channel = len(exact[0]) - axes - 1
     if channel < 1 or len({(shape[1:channel], shape[channel + 1 :]) for shape in exact}) > 1:
-        return []
-    reach, stride = _reach(values, sources)
-    reach = max(reach, SMALLEST)
-    residues = min(max(stride, 2), 4)  # sizes that leave different remainders behind the last window
-    sizes = [tuple(reach + stride + (index + axis) % residues for axis in range(axes)) for index in range(residues)]
-    return [[_small(shape, axes, size) for shape in exact] for size in sizes]
+        return None
+    return axes
 
 
-def _small(shape: tuple[int, ...], axes: int, size: tuple[int, ...]) -> tuple[int, ...]:
-    """Two samples, other batch axes of at most 2, the channels as they are, spatial axes of ``size``."""
-    lead = len(shape) - axes - 1
-    return (2, *(min(n, 2) for n in shape[1:lead]), shape[lead], *size)
+def _small(source: Value, samples: int, size: Sequence[int]) -> tuple[int, ...]:
+    """So many samples, other batch axes of at most 2, the channels as they are, spatial axes of ``size``."""
+    shape = source.tensor_type.shape
+    lead = len(shape) - len(size) - 1
+    return (samples, *(min(n, 2) for n in shape[1:lead]), shape[lead], *size)
 
 
 def _reach(values: list[Value], sources: Sequence[Value]) -> tuple[int, int]:

@@ -36,7 +36,8 @@ LARGEST_KEPT = 2**18
 #: How many inputs are drawn beside the example.
 DRAWS: dict[str, int] = {"quick": 4, "full": 50}
 
-#: Where sizes are free, drawn inputs are at most about so wide: borders show at any size.
+#: Where sizes are free, drawn inputs are at most about so wide: borders show at any size. An example that is as wide
+#: has no wider input drawn beside it, so that a large one is not slower to prove.
 LARGEST_DRAWN = 64
 
 #: The compiled model may be so many times as far from the float64 original as the original itself was at its worst ...
@@ -170,6 +171,8 @@ class Pair:
                 continue  # the original itself does not take this size, so nothing can be said about it
             if _has_new_ones(drawn, example) and not self._takes(drawn):
                 continue
+            if _is_finite(first) and not _is_finite(found):
+                continue  # a window of nothing but padding, say: what computes with infinities may become NaN
             exact = max(exact, self._exact_difference(drawn, found, LARGEST_ROUNDING_IF_DRAWN))
             cases.append(Case.of(drawn, found))
         own = self.check_samples_in_float64(samples, level)
@@ -239,15 +242,17 @@ class Pair:
         # Where the original leaves the range of the dtype nothing rounds: that excuses nothing on other inputs.
         worst.own = max(worst.own, own) if math.isfinite(own) else worst.own
         allowed = max(NOISE_MULTIPLE * max(worst.own, own) + NOISE_FLOOR * torch.finfo(self.dtype).eps, TOLERANCE)
+        direct = output_difference(original, result) if max(own, found) > LARGEST_NOISE else 0.0
         if not found <= allowed:
-            precision = str(self.dtype).removeprefix("torch.")
-            raise NotEquivalentError(
-                f"differs by {found:.1e} of its scale in {precision} on {_describe(example)}, "
-                f"where the original's own rounding explains {allowed:.1e}",
-                difference=found, allowed=allowed, precision=precision,
-            )  # fmt: skip
-        direct = output_difference(original, result) if own > LARGEST_NOISE else 0.0
-        if not direct <= LARGEST_NOISE and not self._is_no_calmer(deployed, original, direct):
+            if not direct > LARGEST_NOISE or not self._is_no_calmer(deployed, original, direct):
+                precision = str(self.dtype).removeprefix("torch.")
+                raise NotEquivalentError(
+                    f"differs by {found:.1e} of its scale in {precision} on {_describe(example)}, "
+                    f"where the original's own rounding explains {allowed:.1e}",
+                    difference=found, allowed=allowed, precision=precision,
+                )  # fmt: skip
+            allowed = found  # the original is thrown about by its own rounding, by luck not on this very input
+        if own > LARGEST_NOISE and not direct <= LARGEST_NOISE and not self._is_no_calmer(deployed, original, direct):
             raise NotEquivalentError(
                 f"differs from the original by {direct:.1e} of its scale in {str(self.dtype).removeprefix('torch.')}, "
                 f"which itself computes something else in float64 ({own:.1e} away)"
@@ -342,35 +347,40 @@ class _Worst:
 
 
 def draw_examples(example: Example, count: int, free_sizes: bool) -> Iterator[Example]:
-    """``count`` inputs like ``example``: other batches, other sizes where free, other distributions of values."""
+    """``count`` inputs like ``example``: other batches, other sizes where free, other distributions of values.
+
+    Batches and sizes come in turn, so that four draws have all that tells a rule from one that holds at some sizes
+    only: the example's own, one a little larger and not square, half, and twice or a quarter of it.
+    """
     drawn: list[Example] = []
     import hypothesis
     from hypothesis import strategies as st
 
     batch = next((t.shape[0] for t in example.tensors if t.dim() > 1), 1)
+    batches = (2, 1, 3) if batch == 1 else (1, 2, 3)  # not the example's first: other sizes may not be taken
+    images = [t.shape[2:] for t in example.tensors if t.dim() > 2]
+    longest = max((n for image in images for n in image), default=1)
+    is_small = 2 * longest <= LARGEST_DRAWN and all(2 ** len(i) * math.prod(i) <= LARGEST_DRAWN**2 for i in images)
+    sizes = (_as_it_is, _longer, _half, _twice if is_small else _quarter, _shorter, _a_step_longer)
 
     @hypothesis.settings(
         max_examples=count, derandomize=True, database=None, deadline=None,
         phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
-    @hypothesis.given(
-        st.integers(1, 3),
-        st.integers(-3, 3),
-        st.sampled_from([1, 2, 4]),
-        st.sampled_from(_DISTRIBUTIONS),
-        st.integers(0, 2**31),
-    )
-    def draw(new_batch: int, shift: int, divisor: int, distribution: Callable[..., Tensor], seed: int) -> None:
+    @hypothesis.given(st.integers(0, 2), st.sampled_from(_DISTRIBUTIONS), st.integers(0, 2**31))
+    def draw(shift: int, distribution: Callable[..., Tensor], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
+        turn = len(drawn)
 
         def like(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             shape = list(leaf.shape)
             if leaf.dim() > 1 and shape[0] == batch:
-                shape[0] = new_batch
+                shape[0] = batches[turn % len(batches)]
             if free_sizes and leaf.dim() > 2:
-                shape[2:] = [min(n, max(1, min(n, LARGEST_DRAWN) // divisor + shift)) for n in shape[2:]]
+                resized = sizes[turn % len(sizes)]
+                shape[2:] = [resized(_Axis(n, longest, axis + shift)) for axis, n in enumerate(shape[2:])]
             if leaf.is_floating_point():
                 return distribution(tuple(shape), generator).to(leaf.dtype)
             index = torch.randint(0, max(leaf.numel(), 1), tuple(shape), generator=generator)
@@ -381,6 +391,57 @@ def draw_examples(example: Example, count: int, free_sizes: bool) -> Iterator[Ex
     with _hypothesis_in_a_temporary_folder():
         draw()
     yield from drawn
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Positions of an axis of the example, of its longest axis, and a number that differs between neighbouring axes.
+
+    Axes of one length get one length again, in all inputs, and so do those of which one is a multiple of another: a
+    model that takes two images may need them to fit.
+    """
+
+    length: int
+    longest: int
+    number: int
+
+    @property
+    def bounded(self) -> int:
+        return min(self.length, LARGEST_DRAWN)
+
+    def divided(self, divisor: int) -> int:
+        """A part of the axis, as it is in an example whose longest axis is bounded: then the aspect stays."""
+        return max(1, self.length * min(self.longest, LARGEST_DRAWN) // (self.longest * divisor))
+
+
+def _as_it_is(axis: _Axis) -> int:
+    return axis.bounded
+
+
+def _longer(axis: _Axis) -> int:
+    return axis.bounded + 1 + axis.number % 3
+
+
+def _half(axis: _Axis) -> int:
+    return axis.divided(2)
+
+
+def _twice(axis: _Axis) -> int:
+    """Larger also for a model that takes multiples of some step only."""
+    return 1 if axis.length == 1 < axis.longest else 2 * axis.length
+
+
+def _quarter(axis: _Axis) -> int:
+    return axis.divided(4)
+
+
+def _shorter(axis: _Axis) -> int:
+    return max(1, axis.bounded - 1 - axis.number % 3)
+
+
+def _a_step_longer(axis: _Axis) -> int:
+    """As `_twice` where twice is too large: most steps divide 32."""
+    return axis.bounded if axis.longest > LARGEST_DRAWN else axis.length + 32
 
 
 @contextmanager
@@ -415,6 +476,10 @@ def _large(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 #: The first is that of the first input drawn, at the example's sizes: large values reach what clamps.
 _DISTRIBUTIONS = (_large, _normal, _sparse, _uniform)
+
+
+def _is_finite(output: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
 
 
 def _has_new_ones(drawn: Example, example: Example) -> bool:

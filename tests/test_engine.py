@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import pytest
@@ -18,6 +18,7 @@ from rgc import (
     Add,
     BatchNorm,
     Conv,
+    Deferred,
     Graph,
     Identity,
     Scale,
@@ -316,6 +317,27 @@ def returns_a_value_from_elsewhere(x: Value, conv: Conv, relu: Activation) -> Va
     return Identity()(x.inputs[0]) if x.inputs else Activation("tanh")(conv(x))
 
 
+@rewrite(lambda x, conv, relu: relu(conv(x)))
+def puts_off_what_raises(x: Value, conv: Conv, relu: Activation) -> Value:
+    return relu(replace(conv, weight=Deferred(conv.shape, lambda: conv.kernels))(x))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class LooksUp(rgc.Operator):
+    """An operator of somebody's own that does not run."""
+
+    def evaluate(self, *inputs: Any) -> Any:
+        return {}["missing"]
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+
+@rewrite(lambda x, conv, relu: relu(conv(x)))
+def builds_what_does_not_run(x: Value, conv: Conv, relu: Activation) -> Value:
+    return Value(LooksUp(), [conv(x)], conv(x).type)
+
+
 @rewrite(lambda x, relu: relu(x))
 def right_below_six(x: Value, relu: Annotated[Activation, lambda op: op.name == "relu"]) -> Value:
     return Activation("relu6")(x)
@@ -329,6 +351,8 @@ WRONG = {
     raises_in_the_middle: "it raised ValueError: cannot handle 1 groups (test_engine.py:",
     builds_a_malformed_operator: "bias [99] does not fit 4 output channels",
     returns_a_value_from_elsewhere: "differs by",
+    puts_off_what_raises: "AttributeError: ",
+    builds_what_does_not_run: "KeyError: 'missing'",
     right_below_six: "differs by",
 }
 

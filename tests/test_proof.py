@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,7 +164,7 @@ def test_an_original_that_does_not_run_proves_nothing() -> None:
 
 def test_the_message_says_where_how_far_and_on_which_size() -> None:
     x = source()
-    with pytest.raises(NotEquivalentError, match=r"differs by \d\.\de[-+]\d\d of its scale on a random input of 2x4x"):
+    with pytest.raises(NotEquivalentError, match=r"differs by \d\.\de[-+]\d\d of its scale on a random input of 1x4x"):
         check_firing(conv()(x), conv(seed=1)(x), [x])
 
 
@@ -250,6 +252,72 @@ def test_an_operator_that_says_how_far_it_reaches_is_seen_to_do_something() -> N
     x = source(1, 4, 100)
     assert refused(DelayedBy(40), DelayedBy(41), x)
     assert not refused(DelayedBy(40), DelayedBy(40), x)
+
+
+@dataclass(frozen=True, eq=False)
+class WrongWhere(Operator):
+    """The identity, but where the shape is of some kind."""
+
+    applies: Callable[[torch.Size], bool]
+
+    def spatial_axes(self, given: TensorType) -> int | None:
+        return 2
+
+    def evaluate(self, *inputs: Any) -> Any:
+        (x,) = inputs
+        return x + 0.5 if self.applies(x.shape) else x
+
+    def infer(self, *types: TensorType | None) -> TensorType | None:
+        return types[0]
+
+
+@pytest.mark.parametrize(
+    "applies",
+    [
+        lambda shape: shape[2:] != (1, 1),
+        lambda shape: shape[2:] == (1, 1),
+        lambda shape: shape[2] == shape[3],
+        lambda shape: shape[2] != shape[3],
+        lambda shape: shape[3] > 10,
+        lambda shape: shape[2] % 2 == 0,
+        lambda shape: shape[3] % 2 == 1,
+        lambda shape: shape[0] == 1,
+        lambda shape: shape[0] > 1,
+    ],
+    ids=["size", "one position", "square", "not square", "long", "even", "odd", "one sample", "two samples"],
+)
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_what_is_wrong_at_one_kind_of_shape_is_seen_whatever_the_example_is(
+    applies: Callable[[torch.Size], bool], kernel: int
+) -> None:
+    for x in (source(1, 4, 1, 1), source(2, 4, 32, 32)):
+        padded = conv(kernel, padding=kernel // 2)
+        with pytest.raises(NotEquivalentError, match="of its scale on a random input of"):
+            check_firing(padded(x), padded(WrongWhere(applies)(x)), [x])
+
+
+def test_an_image_smaller_than_the_window_is_checked_where_it_is_as_large() -> None:
+    x = source(1, 4, 32, 32)
+    for op in (conv(5), AvgPool((5, 5), (1, 1), (0, 0))):
+        with pytest.raises(NotEquivalentError, match="on a random input of 1x4x5x5"):
+            check_firing(op(x), op(WrongWhere(lambda shape: shape[2:] == (5, 5))(x)), [x])
+
+
+def test_a_result_that_does_not_run_on_one_position_where_the_original_does_is_a_fault() -> None:
+    x = source(1, 4, 32, 32)
+    first, wide = conv(3, padding=1, padding_mode="circular"), conv(5, padding=2, padding_mode="circular")
+    same = replace(wide, weight=torch.nn.functional.pad(first.weight, (1, 1, 1, 1)), bias=first.bias)
+    with pytest.raises(NotEquivalentError, match="the result fails on a random input of 1x4x1x1"):
+        check_firing(first(x), same(x), [x])
+
+
+def test_where_all_is_cut_off_there_is_nothing_to_compare() -> None:
+    x = source(1, 4, 32, 32)
+    padded, cropped = conv(3, padding=1), conv(3)
+    middle = Structural(operator.getitem, (Slot(0), (..., slice(1, -1), slice(1, -1))))
+    cut = Value(middle, [padded(x)], cropped(x).type)
+    assert cut.op.evaluate(torch.zeros(1, 4, 1, 1)).numel() == 0
+    assert check_firing(cut, cropped(x), [x]) <= TOLERANCE
 
 
 # --- relative differences --------------------------------------------------------------------------------------------

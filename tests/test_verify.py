@@ -119,7 +119,7 @@ def scaled_by(original: nn.Module, factor: float) -> nn.Module:
 
 
 def test_what_rounding_in_float64_explains_is_no_fault_there() -> None:
-    original = Cancelling(1500.0).eval()
+    original = Cancelling(3000.0).eval()
     reordered = nn.Conv2d(3, 3, 1, bias=False)
     reordered.weight = original.layer.weight
     image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 1e-3
@@ -182,6 +182,40 @@ def test_drawn_inputs_vary_in_batch_size_and_values_and_are_the_same_every_time(
     assert max(float(x.abs().max()) for x in free) > 10
 
 
+def sizes_of(*shapes: tuple[int, ...], count: int = DRAWS["quick"]) -> list[list[tuple[int, ...]]]:
+    example = example_of(nn.ReLU(), tuple(torch.zeros(shape) for shape in shapes))
+    return [[tuple(x.shape) for x in drawn.tensors] for drawn in draw_examples(example, count, True)]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 7, 7), (2, 3, 32, 20), (1, 3, 9), (1, 2, 8, 8, 8)])
+def test_four_draws_are_larger_smaller_and_no_square_and_have_other_batches(shape: tuple[int, ...]) -> None:
+    drawn = [shapes for (shapes,) in sizes_of(shape)]
+    assert len(drawn) == 4 and drawn[0][2:] == shape[2:] and drawn[0][0] != shape[0]
+    assert {1, 2, 3} == {each[0] for each in drawn}
+    assert sum(all(n > m for n, m in zip(each[2:], shape[2:], strict=True)) for each in drawn) == 2
+    assert any(n < m for each in drawn for n, m in zip(each[2:], shape[2:], strict=True)) or shape[2:] == (1, 1)
+    assert len(shape) == 3 or any(len(set(each[2:])) > 1 for each in drawn)
+
+
+def test_what_is_as_wide_as_proofs_go_is_drawn_smaller_and_keeps_its_aspect() -> None:
+    drawn = [shapes for (shapes,) in sizes_of((1, 3, 640, 480), count=12)]
+    assert all(n < 640 and m < 480 for _, _, n, m in drawn) and (32, 24) in {each[2:] for each in drawn}
+    positions = sum(samples * h * w for ((samples, _, h, w),) in sizes_of((1, 3, 224, 224)))
+    assert positions < 224 * 224 / 2
+
+
+def test_inputs_that_belong_together_are_changed_alike() -> None:
+    for image, twin in sizes_of((2, 3, 12, 12), (2, 1, 12, 12), count=12):
+        assert image[0] == twin[0] and image[2:] == twin[2:]
+    ratios = [(low[2:], high[2:]) for low, high in sizes_of((2, 3, 8, 8), (2, 3, 16, 16))]
+    assert sum(all(2 * n == m for n, m in zip(low, high, strict=True)) for low, high in ratios) == 3
+
+
+def test_one_position_stays_one_in_some_draw_of_larger_inputs() -> None:
+    drawn = sizes_of((2, 3, 16, 16), (2, 1, 1, 16))
+    assert any(x[2] == 32 and mask[2:] == (1, 32) for x, mask in drawn)
+
+
 def test_integers_are_drawn_from_the_example() -> None:
     example = example_of(nn.ReLU(), (torch.tensor([[3, 5]]), 7))
     for drawn in draw_examples(example, 5, False):
@@ -216,3 +250,74 @@ def test_an_input_on_which_the_original_overflows_excuses_nothing_on_others() ->
     assert found.equal and found.original_error < 1e-2
     wrong = rgc.verify(model, lambda x: model(x) * 1.05, x)
     assert not wrong.equal
+
+
+class Gated(nn.Module):
+    """The zero branch gives the sum its size, but not where that is one position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True).relu() + 0.0 * x
+
+
+@rgc.rewrite(lambda x, y, zero: y + zero(x))
+def drop_a_zero_branch_that_looks_as_large(x: rgc.Value, y: rgc.Value, zero: rgc.Scale) -> rgc.Value:
+    rgc.require(y.tensor_type.shape == x.tensor_type.shape and not bool(zero.scale.any()), "another size")
+    return y
+
+
+def test_a_rule_that_holds_at_sizes_of_one_only_is_found_on_a_larger_input() -> None:
+    passes = [drop_a_zero_branch_that_looks_as_large]
+    with pytest.raises(NotEquivalentError, match=r"on an input of 2x3x\dx\d"):
+        rgc.compile(Gated().eval(), torch.randn(2, 3, 1, 1), passes=passes, objective="depth", strict=True)
+    report = rgc.compile(Gated().eval(), torch.randn(2, 3, 1, 1), passes=passes, objective="depth").report
+    assert report.failures or any("on an input of 2x3x" in note for note in report.notes)
+
+
+class WrongWhere(nn.Module):
+    """Takes something away where ``applies`` to the shape."""
+
+    def __init__(self, applies: Callable[[torch.Size], bool]) -> None:
+        super().__init__()
+        self.applies = applies
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5 if self.applies(x.shape) else x
+
+
+@pytest.mark.parametrize(
+    "applies",
+    [
+        lambda shape: shape[2] > 16,
+        lambda shape: shape[2] < 16,
+        lambda shape: shape[2] != shape[3],
+        lambda shape: shape[0] == 1,
+        lambda shape: shape[0] > 2,
+        lambda shape: shape[3] % 2 == 1,
+    ],
+    ids=["larger", "smaller", "not square", "one sample", "three samples", "odd"],
+)
+def test_what_differs_at_other_sizes_than_the_example_is_found(applies: Callable[[torch.Size], bool]) -> None:
+    original, example = nn.Sequential(nn.Identity()).eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(WrongWhere(applies)(example), example)
+    with pytest.raises(NotEquivalentError, match="in float64 on an input of"):
+        float64_pair(original, WrongWhere(applies)).check_in_float64(
+            example_of(original, example), level="quick", free_sizes=True
+        )
+
+
+def test_a_size_at_which_the_original_itself_makes_infinities_says_nothing() -> None:
+    """With dilation, all that a window of max pooling reads of one position is padding, which is -inf."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.norm = nn.MaxPool2d(2, padding=1, dilation=2), randomize(nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pool(x)
+            return torch.cat([y, self.norm(y), y], 1)
+
+    model = Pooled().eval()
+    assert not model(torch.randn(1, 3, 1, 1)).isfinite().all()
+    report = rgc.compile(model, torch.randn(2, 3, 9, 9), objective="depth", strict=True).report
+    assert not report.failures and report.rewrites
