@@ -105,7 +105,7 @@ def examine(
     The same ``seed`` draws the same models.
     """
     examiner = _Examiner(pass_, seed, progress)
-    examiner.look_at_examples()
+    examiner.look_at_examples(again=thorough)
     if thorough:
         examiner.prove_law()
         examiner.fuzz(models)
@@ -126,7 +126,14 @@ def own_passes(passes: Sequence[Pass]) -> tuple[Pass, ...]:
 
 def problem_of_example(pass_: Pass, example: Example, seed: int, dtype: torch.dtype = torch.float32) -> str:
     """What the pass does on one of its examples that it must not; "" if nothing."""
-    trial = attempt(pass_, example.build, example.shape, seed=seed, dtype=dtype, fixed_size=example.fixed_size)
+    return _problem(pass_, example, _tried(pass_, example, seed, dtype))
+
+
+def _tried(pass_: Pass, example: Example, seed: int, dtype: torch.dtype) -> Trial:
+    return attempt(pass_, example.build, example.shape, seed=seed, dtype=dtype, fixed_size=example.fixed_size)
+
+
+def _problem(pass_: Pass, example: Example, trial: Trial) -> str:
     if trial.unusable or trial.fault:
         return f"compiling fails: {trial.unusable}" if trial.unusable else trial.fault
     if example.fires and not trial.fired:
@@ -163,8 +170,8 @@ class _Examiner:
     broken: set[str] = field(default_factory=set)  # names of examples that do not hold
     likenesses: list[Likeness] = field(default_factory=list)
 
-    def look_at_examples(self) -> None:
-        """The source, and every example under several weights, twice under the first."""
+    def look_at_examples(self, again: bool) -> None:
+        """The source, and every example under several weights; ``again``, twice under the first."""
         name, examples = self.pass_.name, self.pass_.examples
         before = len(self.findings)
         problems, notes = remarks(self.pass_)
@@ -178,14 +185,15 @@ class _Examiner:
                 self.findings.append(Finding("examples", problem, f"add a function that makes a model on which {what}"))
         for number, example in enumerate(examples, start=1):
             self.progress(f"example {number} of {len(examples)}: {example.name}")
-            self._look_at(example)
+            self._look_at(example, again)
         self._close("examples", before, f"{_count(len(examples), 'example')}, {SEEDS} draws of weights each")
 
-    def _look_at(self, example: Example) -> None:
+    def _look_at(self, example: Example, again: bool) -> None:
         """The weights in float32 and in float64 in turn; in float64 other sizes are compared as well."""
+        trials = []
         for seed in range(SEEDS):
-            dtype = torch.float64 if seed == 1 else torch.float32
-            problem = problem_of_example(self.pass_, example, seed, dtype)
+            trials.append(_tried(self.pass_, example, seed, torch.float64 if seed == 1 else torch.float32))
+            problem = _problem(self.pass_, example, trials[-1])
             if problem:
                 where = f"{self.pass_.name} on the example {example.name!r} (seed {seed})"
                 own = Variation(example, "", example.shape)
@@ -193,16 +201,13 @@ class _Examiner:
                 self.findings.append(Finding("examples", f"{where}: {problem}", self._advice(own, problem, seed), text))
                 self.broken.add(example.name)
                 return
-        first, second = (
-            attempt(self.pass_, example.build, example.shape, fixed_size=example.fixed_size) for _ in range(2)
-        )
-        if first.outcome != second.outcome:
+        if again and _tried(self.pass_, example, 0, torch.float32).outcome != trials[0].outcome:
             self._report_chance("examples", Variation(example, "", example.shape))
-        elif first.fired and first.report is not None and first.report.macs_after > first.report.macs_before:
-            more = first.report.macs_after - first.report.macs_before
+        report = trials[0].report
+        if trials[0].fired and report is not None and report.macs_after > report.macs_before:
             self.notes.append(
-                f"it costs more: {more:,} multiply-accumulates beside {first.report.macs_before:,} "
-                f"on the example {example.name!r}"
+                f"it costs more: {report.macs_after - report.macs_before:,} multiply-accumulates beside "
+                f"{report.macs_before:,} on the example {example.name!r}"
             )
 
     def prove_law(self) -> None:
@@ -353,7 +358,7 @@ class _Examiner:
             done += 1
             self.progress(f"random model {done} of {models}, from nothing")
 
-        tally = fuzzing.run(models, seed=self.seed, most_steps=MOST_STEPS, passes=sets, progress=tell)
+        tally = fuzzing.run(models, first=0, seed=self.seed, most_steps=MOST_STEPS, passes=sets, progress=tell)
         for fault in {fault.kind: fault for fault in reversed(tally.faults)}.values():
             names = [each if isinstance(each, str) else each.name for each in fault.setting.passes]
             others = tuple(each for each in fault.setting.passes if each is not self.pass_)

@@ -146,10 +146,10 @@ def test_a_pass_that_decides_by_chance_is_told_so() -> None:
     calls = iter(range(10_000))
 
     def by_chance(x: Value, conv: Conv, bn: BatchNorm) -> Value:
-        require(next(calls) < 4, "bad luck")  # one call for each of three draws, then two that are compared
+        require(next(calls) < 3, "bad luck")  # one call for each of three draws, then one that is compared
         return (bn.as_linear() @ conv)(x)
 
-    said = examples_only(of(by_chance))
+    said = words(examine(of(by_chance), models=0, mutation=False))
     assert "by_chance does one thing and then another on the same model" in said
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgc import rounding
+from rgc import inexact
 from rgc.errors import RgcError
 from rgc.inexact import on_one_thread, watch_rounding
 
@@ -96,9 +96,9 @@ def test_the_number_of_threads_is_put_back() -> None:
 def test_a_machine_that_keeps_no_record_is_told(
     monkeypatch: pytest.MonkeyPatch, library: SimpleNamespace, message: str
 ) -> None:
-    monkeypatch.setattr(rounding.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(inexact.ctypes, "CDLL", lambda _: library)
     with pytest.raises(RgcError, match=message):
-        rounding._environment.__wrapped__()
+        inexact._environment.__wrapped__()
 
 
 def test_what_a_callback_of_the_garbage_collection_computes_is_none_of_it() -> None:
