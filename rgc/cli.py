@@ -1,7 +1,8 @@
-"""What can be done from a shell? ``rgc compile``, ``inspect``, ``verify``, ``bench``, ``calibrate`` and ``passes``.
+"""What can be done from a shell? ``rgc compile``, ``inspect``, ``verify``, ``bench``, ``calibrate``, ``passes``...
 
-Exit status: 0 done, 1 not equivalent (nothing is written), 2 bad input or usage, 130 interrupted. Every error is one
-line on stderr. What a command needs is imported when it runs, so that help and usage errors come at once.
+Exit status: 0 done, 1 not equivalent (nothing is written) or a pass that is wrong, 2 bad input or usage, 130
+interrupted. Every error is one line on stderr. What a command needs is imported when it runs, so that help and usage
+errors come at once.
 """
 
 from __future__ import annotations
@@ -619,6 +620,47 @@ def passes_command(name: str | None, proves: bool, plugins: tuple[str, ...]) -> 
         print_laws(console(), laws)
     else:
         print_passes(console(), chosen, {"default": DEFAULT, "all": ALL})
+
+
+@cli.command(
+    "test",
+    short_help="Try a pass of your own, and say what is wrong with it.",
+    epilog="""\b
+Examples:
+  rgc test my_passes.py
+  rgc test my_passes.py --examples 400
+  rgc test package.my_passes --no-mutation""",
+)
+@click.argument("source", metavar="FILE|MODULE")
+@click.option(
+    "--examples",
+    type=click.IntRange(0, 100_000),
+    default=40,
+    show_default=True,
+    metavar="N",
+    help="How many random models are compiled with each pass, and at most how many like each of its examples.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which ones: the same seed draws the same models.")
+@click.option("--no-mutation", is_flag=True, help="Plant no faults in the source of the passes.")
+def test_command(source: str, examples: int, seed: int, no_mutation: bool) -> int:
+    """Try the passes in FILE or MODULE; exit status 0 if nothing is wrong with them, 1 if something is.
+
+    Their own examples have to hold, models like these and random ones have to stay equal, and faults that are planted
+    in the source have to be noticed by the examples. What is wrong is told with a program that shows it. This runs the
+    code of FILE. docs/writing_a_pass.md builds a pass in this way.
+    """
+    from rgc.cli_options import load_plugin
+    from rgc.cli_output import console, print_examination, progress
+    from rgc.examination import examine, own_passes
+
+    passes = own_passes(load_plugin(source, option=""))
+    out, is_wrong = console(), False
+    for each in passes:
+        with progress(f"testing {each.name}") as say:
+            found = examine(each, models=examples, mutation=not no_mutation, seed=seed, progress=say)
+        print_examination(out, found)
+        is_wrong = is_wrong or not found.ok
+    return NOT_EQUIVALENT if is_wrong else DONE
 
 
 def _read_data(path: str, most: Limits) -> Any:

@@ -19,6 +19,7 @@ from rgc.artifact import choose_format
 from rgc.compiler import example_of
 from rgc.errors import InputError
 from rgc.frontend import Example
+from rgc.pass_source import name_clash
 from rgc.passbook import load_passes, resolve
 from rgc.rewrite import Pass
 
@@ -134,7 +135,13 @@ def chosen_passes(text: str, plugins: Sequence[str]) -> list[Any]:
 
     Runs the plugins. ``text`` may name their passes as well: ``-name`` takes one away.
     """
-    added = {each.name: each for plugin in plugins for each in load_plugin(plugin)}
+    added: dict[str, Pass] = {}
+    for plugin in plugins:
+        for each in load_plugin(plugin):
+            if clash := name_clash(each):
+                raise InputError(f"--plugin {plugin}: the pass {each.name} {clash}; give it another name")
+            if added.setdefault(each.name, each) is not each:
+                raise InputError(f"--plugin {plugin}: another plugin has a pass {each.name} too; rename one of them")
     names = [name.strip() for name in text.split(",")]
     if all(name.startswith("-") for name in names):
         names = ["default", *names]
@@ -145,8 +152,8 @@ def chosen_passes(text: str, plugins: Sequence[str]) -> list[Any]:
     return passes
 
 
-def load_plugin(source: str) -> tuple[Pass, ...]:
-    """The passes of a plugin; `InputError`, with the line, for one that cannot be run."""
+def load_plugin(source: str, option: str = "--plugin ") -> tuple[Pass, ...]:
+    """The passes of a plugin; `InputError`, with the line, for one that cannot be run. ``option``: how it was named."""
     here = os.getcwd()
     sys.path.insert(0, here)  # as `python` does, and an installed command does not
     try:
@@ -156,7 +163,7 @@ def load_plugin(source: str) -> tuple[Pass, ...]:
     except Exception as error:  # it is the user's own code, which may raise anything
         line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
         reason = f"line {line}: {type(error).__name__}: {error}"
-        raise InputError(f"--plugin {source}: cannot be loaded ({reason})") from error
+        raise InputError(f"{option}{source}: cannot be loaded ({reason})") from error
     finally:
         if here in sys.path:
             sys.path.remove(here)

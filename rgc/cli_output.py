@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import textwrap
 import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rgc.calibration import Calibration
     from rgc.certified import Evidence
     from rgc.compiler import Trace
+    from rgc.examination import Examination
     from rgc.laws import Law
     from rgc.report import Verification
     from rgc.rewrite import Example, Pass, Term
@@ -196,6 +198,27 @@ def print_passes(out: Console, passes: Sequence[Pass], sets: dict[str, Iterable[
     member = {each.name: name for name, members in reversed(sets.items()) for each in members}
     rows = ([each.name, member.get(each.name, "by name"), first_sentence(each.statement)] for each in passes)
     _print_table(out, ("pass", "in", "statement"), rows)
+
+
+def print_examination(out: Console, found: Examination) -> None:
+    """A line for each kind of check, then what is wrong, each with what to do and a program that shows it."""
+    _print_heading(out, found.name)
+    _print_table(out, ("check", "result", "tried"), ([line.check, line.status, line.tried] for line in found.lines))
+    for finding in found.findings:
+        out.print(Text(f"\nwrong: {_visible(finding.problem)}"), soft_wrap=True)
+        if finding.advice:
+            out.print(Text(f"  do: {_visible(finding.advice)}"), soft_wrap=True)
+        if finding.program:
+            out.print(Text("  this program shows it:\n"))
+            out.print(Text(textwrap.indent(finding.program, "    ")), soft_wrap=True)
+    for note in found.notes:
+        out.print(Text(f"note: {_visible(note)}"), soft_wrap=True)
+    out.print()
+
+
+def _visible(text: str) -> str:
+    """The lines of a text, each as `one_line` shows it."""
+    return "\n".join(map(one_line, text.splitlines()))
 
 
 def first_sentence(statement: str) -> str:

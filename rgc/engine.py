@@ -12,9 +12,13 @@ import time
 import traceback
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv
@@ -25,7 +29,7 @@ from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.limits import Limits, human_bytes
 from rgc.partition import parts_that_pay
 from rgc.planner import Planner
-from rgc.precision import in_float64
+from rgc.precision import ReadOnly, in_float64
 from rgc.proof import check_firing
 from rgc.ranges import Interval, range_of
 from rgc.region import Region, affine_regions, join_at, partial_joins_at
@@ -447,7 +451,7 @@ def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
     """What ``rewrite`` makes of a match; raises its `Refusal`, and a `GraphError` where it breaks its contract."""
     operators = {name: observed(op) for name, op in match.operators.items()}
     try:
-        with in_float64():
+        with in_float64(), _unwritten(match.operators.values()):
             new = case.build(**match.values, **operators)
     except RgcError:
         raise
@@ -464,6 +468,16 @@ def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
     for value in made:
         value.op = value.op.__dict__.get("_original", value.op)
     return new
+
+
+def _unwritten(operators: Iterable[Operator]) -> AbstractContextManager[Any]:
+    """A context in which weights stay as they are: in float64 nothing else keeps a pass from writing to them.
+
+    Those of a lower precision are widened where they are used, and `in_float64` raises where a copy is written to.
+    """
+    tensors = [each for op in operators for each in vars(op).values() if isinstance(each, Tensor)]
+    precise = [each for each in tensors if each.dtype == torch.float64 and not each.is_meta]
+    return ReadOnly(precise) if precise else nullcontext()
 
 
 def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: Value | None) -> None:
@@ -662,7 +676,7 @@ def _paths(graph: Graph) -> dict[str, None]:
 
 def _changed_by(each: GraphPass, graph: Graph) -> Graph:
     try:
-        with in_float64():
+        with in_float64(), _unwritten(value.op for value in graph.nodes()):
             changed = each.run(graph)
     except RgcError:
         raise

@@ -7,6 +7,7 @@ leaves it down has computed without any rounding: a proof by integers needs no b
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -41,10 +42,15 @@ def watch_rounding() -> Iterator[Rounding]:
     (False, True)
     """
     library, inexact = _environment()
-    found = Rounding()
+    found, collects = Rounding(), gc.isenabled()
+    gc.disable()  # whoever has a callback there, as Hypothesis has, computes with floats of its own in between
     library.feclearexcept(_ALL)
-    yield found
-    found.happened = bool(library.fetestexcept(_ALL) & inexact)
+    try:
+        yield found
+        found.happened = bool(library.fetestexcept(_ALL) & inexact)
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

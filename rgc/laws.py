@@ -242,7 +242,9 @@ def _proofs(each: Pass, example: Example, instances: int, seed: int) -> Iterator
 
 
 def _traced(example: Example) -> Graph:
-    return trace(example.build(), torch.zeros(example.shape)).graph
+    model = example.build()
+    model.eval()  # an example need not be, and what eval() returns is None in models of other people
+    return trace(model, torch.zeros(example.shape)).graph
 
 
 def _proof(each: Pass, form: Graph, example: Example, instances: int, seed: int) -> _Proof:
@@ -327,6 +329,10 @@ def _compare(sides: Sides, ranges: Mapping[Value, Interval], draw: Draw, proof: 
         if isinstance(differing, Difference):
             if differing.distance < ROUNDED and draw.numbers != RANGES[-1]:
                 raise RoundedError("a number of the replacement has rounded")
+            if reading.evaluates and sides.stand_ins:
+                raise _InconclusiveError(
+                    f"{sides.stand_ins[0]} would round, and no other function with its odd part does"
+                )
             raise LawError(in_words(sides, smallest(sides, inputs, reading), reading))
         taken += differing is not None
     if not taken:

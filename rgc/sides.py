@@ -73,6 +73,12 @@ class Sides:
         """Are both sides polynomials throughout?"""
         return all(is_polynomial(value.op) for value in [*self.before, *self.after])
 
+    @property
+    def stand_ins(self) -> list[str]:
+        """The activations that are not evaluated as what they are: another of the same odd part stands for each."""
+        activations = [value.op for value in self.before if isinstance(value.op, Activation)]
+        return [op.name for op in activations if op.name in _ODD_PART_IS_HALF]
+
     def replaced(self, inputs: list[Tensor], reading: Reading) -> Outputs:
         """What the replacement makes of the inputs."""
         given = {self.twins[source]: x for source, x in zip(self.sources, inputs, strict=True)}

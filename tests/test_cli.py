@@ -823,3 +823,98 @@ def test_a_plan_is_saved_and_taken_for_the_next_checkpoint(folder: Path, capsys:
     capsys.readouterr()
     assert run(["compile", "other.pt", "--plan", "plan.json"]) == 2
     assert "plan.json: is the plan of another model" in capsys.readouterr().err
+
+
+RELU_ONCE = """
+from torch import nn
+
+from rgc import Activation, Value, require, rewrite
+
+
+@rewrite(lambda x, first, second: second(first(x)))
+def relu_once(x: Value, first: Activation, second: Activation) -> Value:
+    '''relu(relu(x)) = relu(x).'''
+    require(first.name == second.name == "relu", "not two ReLUs")
+    return first(x)
+
+
+@relu_once.fires_on(shape=(2, 3))
+def relus() -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.ReLU())
+
+
+@relu_once.leaves_alone(shape=(2, 3), because="not two ReLUs")
+def relu_and_gelu() -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.GELU())
+"""
+NO_MODELS = ["--examples", "0", "--no-mutation"]
+
+
+def test_a_pass_is_tested_and_what_is_wrong_is_told_with_a_program(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mine.py").write_text(RELU_ONCE.replace("nn.ReLU(), nn.ReLU()", "nn.ReLU(), nn.Tanh()"))
+    before = contents(folder)
+    assert run(["test", "mine.py", *NO_MODELS]) == 1
+    said, errors = capsys.readouterr()
+    assert not errors
+    assert {path: told for path, told in contents(folder).items() if "__pycache__" not in path} == before
+    assert "wrong: relu_once on the example 'relus' (seed 0): it must fire, but refuses: not two ReLUs" in said
+    assert "    import rgc\n" in said and "self.m_1 = nn.Tanh()" in said
+    assert [line.split()[0] for line in said.splitlines()[2:6]] == ["examples", "laws", "fuzzing", "mutation"]
+
+
+def test_a_pass_with_which_nothing_is_wrong_exits_with_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.py").write_text(RELU_ONCE)
+    assert run(["test", "mine.py", *NO_MODELS]) == 0
+    assert "wrong: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["none.py"], "none.py: no such file of passes"),
+    (["none"], "no module 'none' for passes"),
+    (["empty.py"], "defines no pass; decorate a function with @rgc.rewrite"),
+    (["syntax.py"], "syntax.py: cannot be loaded (line 2: SyntaxError"),
+    (["raises.py"], "raises.py: cannot be loaded (line 1: ZeroDivisionError"),
+    (["mine.py", "--examples", "-1"], "--examples"),
+    ([], "Missing argument 'FILE|MODULE'"),
+])  # fmt: skip
+def test_what_holds_no_pass_is_refused_in_a_line(fails: Fails, folder: Path, arguments: list[str], reason: str) -> None:
+    for name, text in {"empty": "x = 1\n", "syntax": "x = 1\nx = = 2\n", "raises": "1 / 0\n", "mine": PLUGIN}.items():
+        (folder / f"{name}.py").write_text(text)
+    assert reason in fails("test", *arguments)
+
+
+def test_a_plugin_may_not_replace_a_pass_unseen(fails: Fails, folder: Path) -> None:
+    (folder / "mine.py").write_text(PLUGIN)
+    (folder / "other.py").write_text(PLUGIN)
+    (folder / "clash.py").write_text(PLUGIN.replace("keep_activation", "fold_scale"))
+    command = ["compile", "model.pt", *SMALL]
+    assert "the pass fold_scale has the name of a built-in pass" in fails(*command, "--plugin", "clash.py")
+    assert "another plugin has a pass keep_activation too" in fails(
+        *command, "--plugin", "mine.py", "--plugin", "other.py"
+    )
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("body", "reason"), [
+    ("raise ValueError('no idea')", "it raised ValueError: no idea (mine.py:8)"),
+    ("return 3", "it must return a Value, returned int"),
+    ("conv.weight.mul_(2); return x", "overwrites a weight (mine.py:8)"),
+    ("return conv(conv(x))", "weight expects 3 input channels, got 8"),
+])  # fmt: skip
+def test_errors_inside_a_plugin_are_reported_by_its_name_and_the_model_stays(
+    folder: Path, body: str, reason: str, double: bool
+) -> None:
+    (folder / "mine.py").write_text(
+        f"from rgc import Conv, Value, rewrite\n\n\n@rewrite(lambda x, conv: conv(x))\n"
+        f"def mine(x: Value, conv: Conv) -> Value:\n    # of a user\n    # who errs\n    {body}\n"
+    )
+    model = small_model().double() if double else small_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(1, 3, 12, 11, dtype=torch.float64 if double else torch.float32)
+    report = rgc.compile(model, x, passes=["default", str(folder / "mine.py")]).report
+    assert {failure.rewrite for failure in report.failures} == {"mine"}
+    assert reason in report.failures[0].reason
+    assert any(firing.rewrite == "fold_batchnorm" for firing in report.rewrites)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -98,3 +99,20 @@ def test_a_machine_that_keeps_no_record_is_told(
     monkeypatch.setattr(inexact.ctypes, "CDLL", lambda _: library)
     with pytest.raises(RgcError, match=message):
         inexact._environment.__wrapped__()
+
+
+def test_what_a_callback_of_the_garbage_collection_computes_is_none_of_it() -> None:
+    def computes(phase: str, info: dict[str, int]) -> None:
+        assert len(phase) / 7.0 > 0
+
+    kept: list[object] = []
+    before = gc.get_threshold()
+    gc.callbacks.append(computes)
+    gc.set_threshold(1)
+    try:
+        with on_one_thread(), watch_rounding() as found:
+            kept += [[index] for index in range(100)]
+        assert not found.happened and gc.isenabled()
+    finally:
+        gc.callbacks.remove(computes)
+        gc.set_threshold(*before)

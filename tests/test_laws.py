@@ -11,7 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import rgc
-from rgc import BatchNorm, Conv, Graph, Rewrite, Scale, Value, graph_pass, laws, passes, rewrite
+from rgc import (
+    Activation,
+    BatchNorm,
+    Conv,
+    Graph,
+    MaxPool,
+    Rewrite,
+    Scale,
+    Value,
+    graph_pass,
+    laws,
+    passes,
+    rewrite,
+)
 from rgc.algebra import _linear_part, _pushed_bias
 from rgc.instances import Range
 from rgc.laws import SMALL, LawError, degree_on_a_line, prove
@@ -330,3 +343,13 @@ def test_a_law_is_told_in_two_lines() -> None:
         r"a wrong rewrite passes with a chance of at most \de-\d\d \(degree 3, .* 1024 or more\)", second
     )
     assert "not polynomial" in str(prove(passes.remove_linear_activation, instances=1))
+
+
+def test_a_law_of_gelu_alone_is_neither_proved_nor_refuted() -> None:
+    @rewrite(lambda x, act, pool: pool(act(x)), relies_on_range=True)
+    def pool_first(x: Value, act: Activation, pool: MaxPool) -> Value:
+        return act(pool(x))
+
+    pool_first.fires_on((2, 3, 8, 8))(lambda: nn.Sequential(nn.Sigmoid(), nn.GELU(), nn.MaxPool2d(2)))
+    with pytest.raises(LawError, match="gelu would round, .*, so nothing can be concluded"):
+        prove(pool_first, instances=1)
