@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rgc.compiler import device_of, floating_dtype
 from rgc.data import Sample
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, copy_model
 from rgc.onnx_artifact import OnnxModel
 from rgc.report import Verification
+from rgc.subject import device_of, floating_dtype
 from rgc.verify import Case, Cases, Level, Pair
 
 #: What artifacts raise for inputs that they do not take: onnxruntime through `OnnxModel`, torch by guards and kernels.

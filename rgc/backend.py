@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
-from rgc.compiler import CompiledModule, Options, compile_with
+from rgc.attempt import Options
+from rgc.compiler import CompiledModule, compile_with
 from rgc.cost import OBJECTIVES
 from rgc.errors import InputError, RgcError
 from rgc.example import Example, unchanged_generators

@@ -245,8 +245,9 @@ def compile_command(
     from rgc.cli_files import load_original, write
     from rgc.cli_options import Destination, chosen_passes, example_for, load_plugin, parse_inputs
     from rgc.cli_output import console, print_written, progress
-    from rgc.compiler import Plan, bisect, compile, require_eval
+    from rgc.compiler import Plan, bisect, compile
     from rgc.explainer import explain
+    from rgc.subject import require_eval
 
     if bisects:
         _require_left_out("--bisect", "output", "format_", "report", "strict", "plan", "save_plan", "where")
@@ -336,8 +337,9 @@ def inspect_command(
     from rgc.cli_files import load_original
     from rgc.cli_options import chosen_passes, example_for, parse_inputs
     from rgc.cli_output import console, print_trace, progress
-    from rgc.compiler import require_eval, trace
+    from rgc.compiler import trace
     from rgc.explainer import explain
+    from rgc.subject import require_eval
 
     specs, most = parse_inputs(inputs), _held_to(limits)
     if where is not None and passes is None:
@@ -405,8 +407,8 @@ def verify_command(
     from rgc.cli_files import load_artifact, load_original
     from rgc.cli_options import example_for, parse_inputs
     from rgc.cli_output import console, print_evidence, print_note, print_verification, progress
-    from rgc.compiler import require_eval
     from rgc.data import samples_of
+    from rgc.subject import require_eval
 
     specs, most = parse_inputs(inputs), _held_to(limits)
     rows = None if data is None else _read_data(data, most)

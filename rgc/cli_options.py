@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rgc.artifact import choose_format
-from rgc.compiler import example_of
 from rgc.errors import InputError
 from rgc.frontend import Example
 from rgc.pass_source import name_clash
 from rgc.passbook import load_passes, resolve
 from rgc.rewrite import Pass
+from rgc.subject import example_of
 
 _INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>[1-9]\d*(?:x[1-9]\d*)*)(?::(?P<dtype>\w+))?", re.ASCII)
 _INTEGERS = {

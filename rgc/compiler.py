@@ -1,8 +1,7 @@
-"""What does ``rgc.compile`` do? Capture, rewrite, emit, prove; and, if the proof fails, find the culprit and go on."""
+"""What does ``rgc.compile`` return? The equal module that `rgc.attempt` has found, its report and its plan."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
@@ -14,39 +13,37 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
-from rgc.attribution import Attribution, first_failing
+from rgc.attempt import (
+    Attempt,
+    Options,
+    Task,
+    Traced,
+    attributed,
+    captured_and_proved,
+    fault,
+    holds_at_any_size,
+    no_child,
+    require_nodes,
+    rewritten,
+)
+from rgc.attribution import Attribution
 from rgc.cost import CPU, OBJECTIVES, Objective, macs, target_named
 from rgc.data import Sample, samples_of
 from rgc.decisions import Decisions
-from rgc.emit import emit, losses, narrow, opaque_counts, operator_counts
-from rgc.engine import Policy, Record, apply, copy_graph
+from rgc.emit import opaque_counts, operator_counts
+from rgc.engine import Policy, Record
 from rgc.errors import InputError, NotEquivalentError
-from rgc.example import (
-    Example,
-    copy_model,
-    output_difference,
-    precise_form,
-    precisely,
-    runnable,
-    runnable_in_float64,
-    unchanged_generators,
-)
-from rgc.frontend import TIERS, Capture, capture
-from rgc.ir import Graph, Value
+from rgc.example import Example, copy_model, precise_form, unchanged_generators
+from rgc.frontend import capture
+from rgc.ir import Graph
 from rgc.limits import Limits
 from rgc.passbook import resolve
-from rgc.precision import is_precise
-from rgc.proof import TOLERANCE
-from rgc.report import ErrorBound, Failure, Firing, Refused, Report, Verification
+from rgc.report import ErrorBound, Failure, Firing, Refused, Report
 from rgc.rewrite import Pass
 from rgc.rounding import bound_errors
-from rgc.verify import Level, Pair, require_level
-
-#: So many rewrites may fail at the level of the model before compiling gives up.
-MOST_CULPRITS = 8
+from rgc.subject import Subject, device_of, example_of, floating_dtype, require_definite, require_eval
+from rgc.verify import Level, require_level
 
 
 class CompiledModule(fx.GraphModule):
@@ -100,20 +97,6 @@ def _layer_named(name: str) -> property:
 
 def _restored(rebuild: Any, arguments: tuple[Any, ...], report: Report, plan: Plan, example: Example) -> CompiledModule:
     return CompiledModule.of(rebuild(*arguments), report, plan, example)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compile: what ``rgc.compile`` takes beside the model and the example."""
-
-    passes: Any = "default"
-    objective: Objective = "latency"
-    target: str | None = None
-    dtype: torch.dtype | None = None
-    verify: Level = "quick"
-    strict: bool = False
-    limits: Limits = field(default_factory=Limits)
-    fixed_size: bool | None = None  # may passes rely on the example's size? None: as their names say
 
 
 @dataclass(frozen=True)
@@ -271,93 +254,17 @@ def trace(
     example = example_of(model, example_inputs)
     dtype = floating_dtype(model, example)
     require_definite(model, example)
-    subject = _Subject.of(model, example.cast(dtype), dtype)
+    subject = Subject.of(model, example.cast(dtype), dtype)
     chosen, fixed = resolve(passes) if passes else ((), False)
     captured = capture(
         subject.proof_model, subject.proof_example, subject.expected, dtype,
-        fixed=fixed, tolerance=subject.tolerance, compile_child=_no_child,
+        fixed=fixed, tolerance=subject.tolerance, compile_child=no_child,
     )  # fmt: skip
-    _require_nodes(captured, limits)
+    require_nodes(captured, limits)
     policy = Policy(objective, target_named(target, dtype), limits=limits)
-    graph, record = _rewritten(subject, captured, chosen, policy)
+    graph, record = rewritten(subject, captured, chosen, policy)
     refusals = record.refused(graph)
     return Trace(graph, captured.tier, captured.notes, record.firings, refusals, captured.graph, record)
-
-
-def require_eval(model: nn.Module) -> None:
-    """Refuse a model with a submodule in training mode, by name."""
-    for name, module in model.named_modules():
-        if module.training:
-            which = f"submodule {name!r}" if name else "model"
-            raise InputError(f"the {which} ({type(module).__name__}) is in training mode; call model.eval() first")
-
-
-def require_definite(model: nn.Module, example: Example) -> None:
-    """Refuse weights and examples on which no proof can stand: NaN and infinite weights by name, empty examples.
-
-    Infinite buffers may stay: a mask adds them where a softmax turns them into zeros.
-    """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
-            continue  # without values, or of a kind that PyTorch cannot ask this
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        is_weight = isinstance(tensor, nn.Parameter)
-        bad = ~tensor.detach().isfinite() if is_weight else tensor.detach().isnan()
-        if bool(bad.any()):
-            what = "parameter" if is_weight else "buffer"
-            first = tensor.detach()[bad][0].item()
-            raise InputError(
-                f"the {what} {name!r} holds {first} ({int(bad.sum()):,} of {tensor.numel():,} elements): what computes "
-                "with that is equal to nothing, so no result could be proved; repair the weights first"
-            )
-    empty = next((tensor for tensor in example.tensors if not tensor.numel()), None)
-    if empty is not None:
-        size = "x".join(map(str, empty.shape))
-        raise InputError(f"the example has an input without elements ({size}), which proves nothing; give it a batch")
-
-
-def _require_nodes(captured: Capture, limits: Limits) -> None:
-    if len(captured.graph) > limits.nodes:
-        raise InputError(
-            f"the graph has {len(captured.graph):,} operations; at most {limits.nodes:,} are taken (--limit nodes=)"
-        )
-
-
-def example_of(model: nn.Module, given: Any) -> Example:
-    """The example call: what was given, or what the model itself suggests."""
-    if given is None:
-        suggest = getattr(model, "example_inputs", None)
-        if not callable(suggest):
-            raise InputError(
-                f"{type(model).__name__} suggests no example_inputs(); pass an example (--input 1x3x224x224)"
-            )
-        try:
-            given = suggest()
-        except Exception as error:  # it is the model's own code, which may raise anything
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            raise InputError(f"example_inputs() of {type(model).__name__} raised {reason}; pass an example") from error
-    if isinstance(given, Example):
-        return given
-    if isinstance(given, dict):
-        return Example((), given)
-    return Example(tuple(given) if isinstance(given, list | tuple) else (given,))
-
-
-def floating_dtype(model: nn.Module, example: Example) -> torch.dtype:
-    """The one floating-point dtype of the model's parameters (of the example, where it has none)."""
-    found = {t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-    if len(found) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise InputError(f"the model mixes the dtypes {names}; convert it to one first, e.g. model.float()")
-    if found:
-        return found.pop()
-    return next((t.dtype for t in example.tensors if t.is_floating_point()), torch.float32)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's parameters and buffers; the CPU where it has none."""
-    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
 def compile_with(
@@ -374,8 +281,9 @@ def compile_with(
     """
     started = time.perf_counter()
     with unchanged_generators():
-        task, policy = _Task.of(model, example, options, started, by)
-        traced, attempt = _captured_and_proved(replace(task, samples=samples), policy)
+        task = Task.of(model, example, options)
+        policy = _policy(task, started, by)
+        traced, attempt = captured_and_proved(replace(task, samples=samples), policy)
     report = _report(task.subject, traced, attempt, task.passes, started)
     firings = tuple((firing.rewrite, firing.where) for firing in report.rewrites)
     source = copy_model(model, share_parameters=True)
@@ -386,6 +294,19 @@ def compile_with(
         bound = error_bound(compiled)
         compiled.report = replace(report, bound=bound, seconds=time.perf_counter() - started)
     return compiled
+
+
+def _policy(task: Task, started: float, by: Plan | None = None) -> Policy:
+    """What the options, or the plan, say about what pays, and what they ban."""
+    options = task.options
+    return Policy(
+        options.objective,
+        target_named(options.target, task.dtype) if by is None else replace(CPU, name=by.target),
+        banned=frozenset(by.undone if by else ()),
+        limits=options.limits,
+        deadline=started + options.limits.seconds,
+        decisions=by.decisions if by else Decisions(),
+    )
 
 
 def error_bound(compiled: CompiledModule, example_inputs: Any = None) -> ErrorBound | None:
@@ -439,429 +360,17 @@ def bisect(
     example = example_of(model, example_inputs)
     samples = samples_of(data, example, model)
     with unchanged_generators():
-        task, policy = _Task.of(model, example, options, started)
-        traced, attempt = _captured_and_proved(task, policy)
+        task = Task.of(model, example, options)
+        policy = _policy(task, started)
+        traced, attempt = captured_and_proved(task, policy)
         count, undone = len(traced.firings(attempt.record)), tuple(attempt.failures)
         del attempt
         found = Attribution(True, samples[-1].last + 1, traced.capture.tier, count, undone=undone)
-        error = _fault(task, traced, count, samples)
-        return found if error is None else _attributed(task, traced, found, samples, error)
+        error = fault(task, traced, count, samples)
+        return found if error is None else attributed(task, traced, found, samples, error)
 
 
-def _attributed(
-    task: _Task, traced: _Traced, found: Attribution, samples: Sequence[Sample], error: NotEquivalentError
-) -> Attribution:
-    """The culprit of a difference on one of the samples, found on that sample alone."""
-    chosen = [sample for sample in samples if sample.name == error.sample]
-    singles = chosen[0].singles()
-    try:
-        alone = _fault(task, traced, found.firings, singles)
-    except InputError:  # the model takes no batch of one
-        alone = None
-    if alone is not None:
-        chosen, error = [sample for sample in singles if sample.name == alone.sample], alone
-    number = first_failing(found.firings, lambda count: _fault(task, traced, count, chosen) is not None)
-    worse = _fault(task, traced, number, chosen) or error
-    firing, before = None, 0.0
-    if number:
-        cut = traced.up_to(task, number - 1)
-        seen = _proved(task, cut, *_rewritten_within(task, cut), only=chosen).verification
-        before = (seen.max_error or 0.0) if worse.precision == "float64" else seen.deployed_error
-        cut = traced.up_to(task, number)
-        firing = cut.firings(_rewritten_within(task, cut)[1])[-1]
-    return replace(
-        found, equal=False, firing=firing, number=number, sample=worse.sample, precision=worse.precision,
-        before=before, after=worse.difference, allowed=worse.allowed, reason=str(worse),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """The model under compilation: as it is, and as the proof sees it (in float64 where it runs in float64).
-
-    ``is_read_only``: forward is known to leave the weights as they are, so it may run on those of the user's model.
-    """
-
-    model: nn.Module
-    device: torch.device
-    proof_model: nn.Module
-    proof_example: Example
-    expected: Any
-    in_float64: bool
-    is_read_only: bool
-    tolerance: float
-    notes: tuple[str, ...]
-
-    @staticmethod
-    def of(model: nn.Module, example: Example, dtype: torch.dtype) -> _Subject:
-        device = device_of(model)
-        on_cpu = example.to(torch.device("cpu"))
-        try:
-            wide = on_cpu.cast(torch.float64)
-            found = precise_form(model, wide)
-            return _Subject(model, device, found.model, wide, found.expected, True, found.shares, TOLERANCE, ())
-        # Forward is the user's own and may raise anything; what remains wrong is raised below, in the own dtype.
-        except Exception as error:
-            name = str(dtype).removeprefix("torch.")
-            note = f"the model does not run in float64 ({_first_line(error)}); proved in {name} instead"
-        try:
-            plain = copy_model(model).cpu().requires_grad_(False)
-            expected = on_cpu.run(copy_model(plain, share_parameters=True))
-        except Exception as error:
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in example.tensors)
-            raise InputError(
-                f"{type(model).__name__} does not run on an input of {shapes}: {_first_line(error)}"
-            ) from error
-        return _Subject(model, device, plain, on_cpu, expected, False, False, 256 * torch.finfo(dtype).eps, (note,))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-@dataclass(frozen=True)
-class _Child:
-    """A part that was compiled in place of a model that cannot be traced as a whole."""
-
-    before: Graph
-    after: Graph
-    record: Record
-    fixed_size: bool
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is compiled, and how: a model with an example of its own dtype; ``samples`` of a user join the proof."""
-
-    subject: _Subject
-    example: Example
-    passes: Sequence[Pass]
-    fixed: bool
-    dtype: torch.dtype
-    options: Options
-    samples: Sequence[Sample] = ()
-
-    @staticmethod
-    def of(
-        model: nn.Module, example: Example, options: Options, started: float, by: Plan | None = None
-    ) -> tuple[_Task, Policy]:
-        """The task and the policy that the options mean; `InputError` for what cannot be compiled."""
-        passes, fixed = resolve(options.passes)
-        fixed = fixed if options.fixed_size is None else options.fixed_size
-        own_dtype = floating_dtype(model, example)
-        dtype = options.dtype or own_dtype
-        example = example.cast(own_dtype)
-        options.limits.require_size(model, type(model).__name__)
-        require_definite(model, example)
-        target = target_named(options.target, dtype) if by is None else replace(CPU, name=by.target)
-        policy = Policy(
-            options.objective, target, banned=frozenset(by.undone if by else ()),
-            limits=options.limits, deadline=started + options.limits.seconds,
-            decisions=by.decisions if by else Decisions(),
-        )  # fmt: skip
-        return _Task(_Subject.of(model, example, own_dtype), example, passes, fixed, dtype, options), policy
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A model as one of ``tiers`` captured it, to be rewritten under ``policy``.
-
-    ``children``: the parts that were compiled for that, under the same policy, also those that were put back.
-    """
-
-    capture: Capture
-    children: dict[str, _Child]
-    policy: Policy
-    tiers: Sequence[str]
-
-    def firings(self, record: Record) -> list[Firing]:
-        """All firings in the order in which they were made, those in the parts first."""
-        inside = [
-            replace(each, where=f"{path}.{each.where}")
-            for path, child in self.children.items()
-            for each in child.record.firings
-        ]
-        return inside + record.firings
-
-    def under(self, task: _Task, policy: Policy) -> _Traced:
-        """The same trace under another policy, for which parts have to be compiled again."""
-        if self.capture.tier != TIERS[-1]:
-            return replace(self, policy=policy)
-        again = _captured(task, policy, self.tiers[-1:])
-        notes = tuple(note for note in self.capture.notes if note.startswith(TIERS[:-1]))
-        return replace(again, capture=replace(again.capture, notes=notes + again.capture.notes), tiers=self.tiers)
-
-    def up_to(self, task: _Task, count: int) -> _Traced:
-        """The same trace with the first ``count`` firings only, however long they take."""
-        return self.under(task, replace(self.policy, limit=count, deadline=math.inf))
-
-
-def _captured(task: _Task, policy: Policy, tiers: Sequence[str]) -> _Traced:
-    """The model by the first of ``tiers`` that can trace it; without any, the model itself in one piece."""
-    children: dict[str, _Child] = {}
-
-    def compile_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
-        if not tiers:
-            raise NotEquivalentError("no part may be compiled")
-        inside = _within_part(_after_parts(policy, children), path)
-        children[path], module = _child(
-            child, call, task.passes, task.fixed, inside, task.dtype, task.subject.tolerance
-        )  # fmt: skip
-        return module, children[path].fixed_size
-
-    found = capture(
-        task.subject.proof_model, task.subject.proof_example, task.subject.expected, task.dtype,
-        fixed=task.fixed, compile_child=compile_child, tolerance=task.subject.tolerance, tiers=tiers,
-    )  # fmt: skip
-    _require_nodes(found, task.options.limits)
-    return _Traced(found, children, policy, tiers)
-
-
-def _after_parts(policy: Policy, children: Mapping[str, _Child]) -> Policy:
-    """The policy for what comes after the parts: their firings count."""
-    if policy.limit is None:
-        return policy
-    return replace(policy, limit=max(0, policy.limit - sum(len(each.record.firings) for each in children.values())))
-
-
-def _within_part(policy: Policy, path: str) -> Policy:
-    """The policy inside a part, where places are named without its path."""
-    inside = ((name, where.removeprefix(f"{path}.")) for name, where in policy.banned if where.startswith(f"{path}."))
-    return replace(policy, banned=frozenset(inside))
-
-
-def _captured_and_proved(task: _Task, policy: Policy) -> tuple[_Traced, _Attempt]:
-    """The first tier whose result is equal; the last keeps the model as it is."""
-    tiers: Sequence[str] = TIERS
-    notes: tuple[str, ...] = ()
-    while True:
-        traced = _captured(task, policy, tiers)
-        traced = replace(traced, capture=replace(traced.capture, notes=notes + traced.capture.notes))
-        try:
-            return _prove(task, traced)
-        except NotEquivalentError as error:
-            if task.options.strict or not tiers or isinstance(error, _LostError):
-                raise
-            notes = (*traced.capture.notes, f"{traced.capture.tier}: {error}")
-            tiers = TIERS[TIERS.index(traced.capture.tier) + 1 :]
-
-
-def _holds_at_any_size(graph: Graph) -> bool:
-    return all(value.op.any_size for value in graph.nodes())
-
-
-class _LostError(NotEquivalentError):
-    """Weights do not survive in the deployed dtype; ``refused`` are the firings that made them, to be left out."""
-
-    def __init__(self, message: str, refused: list[Refused]) -> None:
-        super().__init__(message)
-        self.refused = refused
-
-
-def _lost(found: Sequence[tuple[Value, str, bool]], firings: Sequence[Firing]) -> _LostError:
-    """Name the layers, and for each the last firing that had a part in it, if any."""
-    refused: dict[tuple[str, str], Refused] = {}
-    for value, reason, _ in found:
-        paths = set(value.origin.paths)
-        made = next((each for each in reversed(firings) if paths & set(each.sources)), None)
-        if made is not None:
-            refused[made.rewrite, made.where] = Refused(made.rewrite, made.where, f"of the result, {reason}")
-    where = "; ".join(f"{value.where}: {reason}" for value, reason, _ in found[:3])
-    return _LostError(f"does not survive in its dtype: {where}; choose bfloat16 or float32", list(refused.values()))
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A graph rewritten and emitted; ``refused`` are firings whose weights would not survive in its dtype."""
-
-    graph: Graph
-    record: Record
-    module: fx.GraphModule
-    verification: Verification
-    failures: tuple[Failure, ...] = ()
-    undone: tuple[tuple[str, str], ...] = ()  # by what a user's own data have shown
-    refused: tuple[Refused, ...] = ()
-
-
-def _prove(task: _Task, traced: _Traced) -> tuple[_Traced, _Attempt]:
-    """Rewrite and check the whole model; a rewrite that the check finds guilty is banned, reported, and left out."""
-    strict = task.options.strict
-    failures: list[Failure] = []
-    undone: list[tuple[str, str]] = []
-    refused: list[Refused] = []
-    while True:
-        graph, record = _rewritten_within(task, traced)
-        try:
-            attempt = _proved(task, traced, graph, record)
-        except _LostError as error:
-            del graph
-            if not error.refused:
-                raise _LostError(f"the compiled model {error}; nothing is emitted", []) from error
-            refused += error.refused
-            banned = traced.policy.banned | {(each.rewrite, each.where) for each in error.refused}
-            traced = traced.under(task, replace(traced.policy, banned=banned))
-            continue
-        except NotEquivalentError as error:
-            del graph
-            culprit = _culprit(task, traced, record)
-            if culprit is None or strict or len(failures) >= MOST_CULPRITS:
-                where = f"{culprit.rewrite} at {culprit.where}: " if culprit else ""
-                raise NotEquivalentError(f"{where}the compiled model {error}; nothing is emitted") from error
-            failures.append(Failure(culprit.rewrite, culprit.where, f"the model {error}"))
-            undone += [(culprit.rewrite, culprit.where)] if error.sample else []
-            banned = traced.policy.banned | {(culprit.rewrite, culprit.where)}
-            traced = traced.under(task, replace(traced.policy, banned=banned))
-            continue
-        if strict and attempt.record.failures:
-            first = attempt.record.failures[0]
-            raise NotEquivalentError(f"{first.rewrite} at {first.where}: {first.reason}")
-        found = tuple(failures + attempt.record.failures)
-        return traced, replace(attempt, failures=found, undone=tuple(undone), refused=tuple(refused))
-
-
-def _culprit(task: _Task, traced: _Traced, record: Record) -> Firing | None:
-    """The first firing with which the very check fails that has failed; None where it does without any."""
-    firings = traced.firings(record)
-    number = first_failing(len(firings), lambda count: _fault(task, traced, count) is not None)
-    return firings[number - 1] if number else None
-
-
-def _fault(task: _Task, traced: _Traced, count: int, only: Sequence[Sample] | None = None) -> NotEquivalentError | None:
-    """What the check says of the model after ``count`` firings; on ``only`` these samples, if they are given."""
-    cut = traced.up_to(task, count)
-    try:
-        _proved(task, cut, *_rewritten_within(task, cut), only=only)
-    except NotEquivalentError as error:
-        error.__cause__ = error.__context__ = None  # their frames hold the weights, and so do its own
-        return error.with_traceback(None)
-    return None
-
-
-def _rewritten_within(task: _Task, traced: _Traced) -> tuple[Graph, Record]:
-    policy = _after_parts(traced.policy, traced.children)
-    return _rewritten(task.subject, traced.capture, task.passes, policy)
-
-
-def _proved(
-    task: _Task, traced: _Traced, graph: Graph, record: Record, only: Sequence[Sample] | None = None
-) -> _Attempt:
-    """Emit and check a rewritten graph: on the example, drawn inputs and the user's own, or on ``only`` such."""
-    subject, captured, dtype, options = task.subject, traced.capture, task.dtype, task.options
-    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
-    original, reference = runnable(subject.model, dtype, is_read_only=subject.is_read_only), None
-    if subject.in_float64:
-        reference = runnable_in_float64(subject.proof_model, subject.model, is_read_only=subject.is_read_only)
-    free = _holds_at_any_size(graph) and not captured.fixed_size
-    precise = emit(graph, None, copies=False) if subject.in_float64 else None
-    pair = Pair(original, precise or original, reference, precise, dtype, subject.device)
-    samples = task.samples if only is None else only
-    if not free:
-        _require_size_of(subject.proof_example, samples)
-    if only is None:
-        cases = pair.check_in_float64(
-            subject.proof_example, level=options.verify, free_sizes=free, expected=subject.expected, samples=samples
-        )
-    else:
-        cases = pair.check_samples_in_float64(samples, options.verify)
-    if precise is not None:
-        _release(precise)
-    lost = losses(graph, dtype)
-    if any(overflows for _, _, overflows in lost):
-        raise _lost([each for each in lost if each[2]], record.firings)
-    narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
-    module = emit(graph, dtype).to(subject.device)
-    if _is_channels_last(subject.model):
-        module = module.to(memory_format=torch.channels_last)
-    result = copy_model(module, share_parameters=True)
-    try:
-        verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
-    except NotEquivalentError as error:
-        if lost:  # the likely cause, and if it is none, the next attempt says so
-            raise _lost(lost, record.firings) from error
-        raise
-    return _Attempt(graph, record, module, verification)
-
-
-def _release(module: fx.GraphModule) -> None:
-    """Let go of the weights now: a `GraphModule` and its graph refer to each other, and so live on for a while."""
-    for part in module.modules():
-        part._parameters.clear()
-        part._buffers.clear()
-
-
-def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> tuple[Graph, Record]:
-    named = subject.proof_example.bind(subject.proof_model)
-
-    def same(graph: Graph) -> float:
-        given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, named)
-        with precisely(given):
-            error = output_difference(subject.expected, graph.evaluate(given, _own_dtype(subject.proof_example)))
-        if not error <= subject.tolerance:
-            raise NotEquivalentError(f"the model differs by {error:.1e} of its scale")
-        return error
-
-    return apply(copy_graph(captured.graph), passes, policy, same)
-
-
-def _own_dtype(call: Example) -> torch.dtype | None:
-    """What merged weights, which are in float64, are cast to for a call that cannot be in float64; None if it is."""
-    if is_precise(call.tensors):
-        return None
-    return next((tensor.dtype for tensor in call.tensors if tensor.is_floating_point()), None)
-
-
-def _require_size_of(example: Example, samples: Sequence[Sample]) -> None:
-    """`InputError` for data of another size than the example, where the result holds at that size only."""
-    for sample in samples:
-        for given, own in zip(sample.example.tensors, example.tensors, strict=True):
-            if given.shape[1:] != own.shape[1:]:
-                found, size = ("x".join(map(str, tensor.shape[1:])) for tensor in (given, own))
-                raise InputError(
-                    f"the data are of {found}, and the result holds at the example's size only, which is {size}; "
-                    "give an example of the data's size"
-                )
-
-
-def _child(
-    child: nn.Module, call: Example, passes: Sequence[Pass], fixed: bool, policy: Policy, dtype: torch.dtype,
-    tolerance: float,
-) -> tuple[_Child, nn.Module]:  # fmt: skip
-    """A traceable part of a model that is not traceable as a whole, compiled in the dtype of the proof."""
-
-    def difference(found: Any) -> float:
-        error = output_difference(expected, found)
-        if not error <= tolerance:
-            raise NotEquivalentError(f"the part differs by {error:.1e} of its scale")
-        return error
-
-    def same(graph: Graph) -> float:
-        with precisely(call.tensors):
-            return difference(graph.evaluate(call.cloned().bind(child), _own_dtype(call)))
-
-    expected = call.run(copy_model(child, share_parameters=True))
-    captured = capture(
-        child, call, expected, dtype, fixed=fixed, compile_child=_no_child, tolerance=tolerance, tiers=TIERS[:1]
-    )
-    if captured.tier == "submodules":
-        raise NotEquivalentError(captured.notes[0])
-    if captured.fixed_size and not fixed:
-        raise NotEquivalentError("what it does depends on the size of its input, which the rest may change")
-    graph, record = apply(copy_graph(captured.graph), passes, policy, same)
-    module = emit(graph, _own_dtype(call))
-    difference(call.run(module))
-    return _Child(captured.graph, graph, record, captured.fixed_size or not _holds_at_any_size(graph)), module
-
-
-def _no_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
-    raise NotEquivalentError("not traced as a whole")
-
-
-def _is_channels_last(model: nn.Module) -> bool:
-    kernels = [p for p in model.parameters() if p.dim() == 4]
-    return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
-
-
-def _report(subject: _Subject, traced: _Traced, attempt: _Attempt, passes: Sequence[Pass], started: float) -> Report:
+def _report(subject: Subject, traced: Traced, attempt: Attempt, passes: Sequence[Pass], started: float) -> Report:
     captured, policy = traced.capture, traced.policy
     children = {path: traced.children[path] for path in captured.compiled}
     before = [captured.graph, *(child.before for child in children.values())]
@@ -890,7 +399,7 @@ def _report(subject: _Subject, traced: _Traced, attempt: _Attempt, passes: Seque
         params_after=_elements(attempt.module),
         macs_before=sum(macs(value) for graph in before for value in graph.nodes()),
         macs_after=sum(macs(value) for graph in after for value in graph.nodes()),
-        fixed_size=captured.fixed_size or not _holds_at_any_size(attempt.graph),
+        fixed_size=captured.fixed_size or not holds_at_any_size(attempt.graph),
         verification=attempt.verification,
         notes=[*subject.notes, *captured.notes, *_cut_short(record, policy, started)],
         seconds=time.perf_counter() - started,

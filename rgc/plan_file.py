@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rgc.compiler import Options, Plan, require_eval
+from rgc.attempt import Options
+from rgc.compiler import Plan
 from rgc.cost import OBJECTIVES
 from rgc.decisions import Decisions, Question
 from rgc.errors import InputError
@@ -25,6 +26,7 @@ from rgc.example import Example, copy_model
 from rgc.limits import Limits, machine_memory
 from rgc.passbook import resolve
 from rgc.rewrite import Pass
+from rgc.subject import require_eval
 from rgc.verify import DRAWS
 from rgc.workshop import write_whole
 

@@ -20,8 +20,9 @@ from rgc.certificate import (
     preconditions,
     versions,
 )
-from rgc.compiler import CompiledModule, error_bound, floating_dtype
+from rgc.compiler import CompiledModule, error_bound
 from rgc.errors import InputError, NotEquivalentError
+from rgc.subject import floating_dtype
 
 if TYPE_CHECKING:
     from rgc.artifact import Artifact

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rgc.compiler import CompiledModule, Options, compile_with, example_of
+from rgc.attempt import Options
+from rgc.compiler import CompiledModule, compile_with
 from rgc.cost import Objective
 from rgc.errors import InputError, RgcError
 from rgc.example import is_same_tensor, output_difference, unchanged_generators
 from rgc.report import Report
 from rgc.rewrite import Pass, Rewrite
+from rgc.subject import example_of
 
 #: The largest difference in float64 at any size, relative to the largest output.
 TOLERANCE = 1e-9

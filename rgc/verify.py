@@ -27,6 +27,7 @@ from rgc.example import Example, output_difference, precise_form, runnable, runn
 from rgc.precision import Jittered, ReadOnlyModel, jittered
 from rgc.proof import TOLERANCE
 from rgc.report import Verification
+from rgc.subject import device_of, example_of, floating_dtype, require_eval
 
 Level = Literal["quick", "full"]
 
@@ -76,8 +77,6 @@ def verify(
     samples. Raises `InputError` where the original cannot run the example or the data; a difference is returned, not
     raised: ``verify(...).equal``.
     """
-    from rgc.compiler import device_of, example_of, floating_dtype, require_eval
-
     require_eval(original)
     example = example_of(original, example_inputs)
     dtype = floating_dtype(original, example)

@@ -101,7 +101,7 @@ def test_a_call_is_traced_and_repeated_with(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "starred arguments"])  # export trips over **kwargs
 def test_export_takes_the_same_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rgc.compiler.TIERS", ("torch.export", "submodules"))
+    monkeypatch.setattr("rgc.attempt.TIERS", ("torch.export", "submodules"))
     forward, example = CALLS[name]
     model = model_of(forward)
     compiled = rgc.compile(model, example)

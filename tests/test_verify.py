@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import rgc
-from rgc.compiler import example_of
 from rgc.errors import InputError, NotEquivalentError
+from rgc.subject import example_of
 from rgc.testing import randomize
 from rgc.verify import DRAWS, LARGEST_DRAWN, Pair, draw_examples, require_level
 
