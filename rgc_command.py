@@ -15,8 +15,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, _leave)
     from rgc import cli
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    cli.main()  # which has a handler of its own
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> None:

@@ -42,6 +42,9 @@ from tests.fuzz_targets import nothing_is_executed
 COMMAND = Path(__file__).resolve().parent.parent / "rgc_command.py"
 INPUT = ("--input", "1x3x12x12")
 FORMATS = ("model.pt2", "model.onnx", "model/")
+#: A command that is done so many seconds behind an interrupt has not heard it; leaving Python takes some of them.
+LATE = 2.0
+
 DAMAGED = ("model.pt", "model.safetensors", "model.pt2", "model.onnx")
 
 
@@ -159,7 +162,10 @@ def interrupts(trial: Trial, count: int) -> str:
         _wait_for(lambda process=process: _imports_torch(process.pid), alone)  # type: ignore[misc]  # called at once
         time.sleep(trial.chance.uniform(0, alone))
         process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
         _, said = process.communicate()
+        if process.returncode == 0 and time.monotonic() - sent > LATE:
+            trial.wrong.append(f"interrupt: lost, the command ran on for {time.monotonic() - sent:.1f} s")
         if (process.returncode, said) not in ((130, "rgc: interrupted\n"), (0, "")):
             trial.wrong.append(f"interrupt: status {process.returncode}, {said[-300:]!r}")
         if trial.leftovers():

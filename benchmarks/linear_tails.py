@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import rgc
@@ -105,7 +102,7 @@ TAILS: dict[str, Entry] = {
 
 
 def main() -> None:
-    """Print the table as Markdown."""
+    """Print the table as Markdown, each row when it is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tails", default="", help="only these, separated by semicolons")
     parser.add_argument("--batch", type=int, default=1)
@@ -118,14 +115,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     chosen = {name.strip(): TAILS[name.strip()] for name in options.tails.split(";")} if options.tails else TAILS
-    columns = [f"{name}: ms, times faster, compiled in s" for name in PASSES]
-    table = Table("tail", "original, ms", *columns, box=MARKDOWN)
-    for name, entry in chosen.items():
-        table.add_row(name, *measured(entry, options))
-    console = Console(width=240)
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
     where = machine_name(torch.device(options.device))
-    console.print(f"torch {torch.__version__}, {where}, {options.threads} threads, float32, batch {options.batch}\n")
-    console.print(table)
+    print(f"torch {torch.__version__}, {where}, {threads}, float32, batch {options.batch}\n")
+    columns = ["tail", "original, ms", *(f"{name}: ms, times faster, compiled in s" for name in PASSES)]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for name, entry in chosen.items():
+        print(f"| {' | '.join((name, *measured(entry, options)))} |", flush=True)
 
 
 def measured(entry: Entry, options: argparse.Namespace) -> list[str]:
@@ -133,11 +129,12 @@ def measured(entry: Entry, options: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     model = randomize(entry.build()).to(options.device)
     x = torch.randn(options.batch, *entry.sample, device=options.device)
+    kind = torch.device(options.device).type
     cells: list[str] = []
     original = 0.0
     for passes in PASSES.values():
         started = time.perf_counter()
-        compiled = rgc.compile(model, x, passes=passes, objective=options.objective, target=options.device)
+        compiled = rgc.compile(model, x, passes=passes, objective=options.objective, target=kind)
         seconds = time.perf_counter() - started
         found = rgc.bench(
             model,

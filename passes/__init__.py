@@ -5,6 +5,7 @@ from rgc.passes.box_mean import box_mean
 from rgc.passes.collapse import collapse
 from rgc.passes.distribute_over_branches import distribute_over_branches
 from rgc.passes.distribute_scale import distribute_scale
+from rgc.passes.drop_dead_channels import drop_dead_channels
 from rgc.passes.drop_identity import drop_identity
 from rgc.passes.exchange_max_pool import exchange_max_pool
 from rgc.passes.exchange_pixel_shuffle import exchange_pixel_shuffle
@@ -24,6 +25,7 @@ from rgc.passes.single_path import single_path
 #: Every built-in pass, in the order in which they are tried at a value.
 ALL = (
     hygiene,
+    drop_dead_channels,
     distribute_scale,
     remove_linear_activation,
     drop_identity,

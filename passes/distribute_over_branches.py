@@ -196,6 +196,36 @@ def pointwise_layer_behind_a_difference_of_different_inputs() -> nn.Module:
     return _TwoInputs(torch.sub, nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1)).eval()
 
 
+@distribute_over_branches.fires_on(shape=(2, 4, 9, 8))
+def pointwise_layer_behind_a_sum_of_different_inputs() -> nn.Module:
+    return _TwoInputs(torch.add, nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1)).eval()
+
+
+class _ManyInputs(nn.Module):
+    """A layer of each of several functions of x, beside each other, then a last layer."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.functions = (torch.relu, torch.sigmoid, torch.tanh, torch.sin)[:count]
+        self.layers = nn.ModuleList(nn.Conv2d(2, 3, 3) for _ in self.functions)
+        self.norm = nn.BatchNorm2d(3 * count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self.layers, self.functions, strict=True)
+        y: Tensor = self.norm(torch.cat([layer(function(x)) for layer, function in pairs], 1))
+        return torch.relu(y)
+
+
+@distribute_over_branches.fires_on(shape=(2, 2, 6, 5))
+def batch_norm_behind_a_concatenation_of_three() -> nn.Module:
+    return _ManyInputs(3).eval()
+
+
+@distribute_over_branches.fires_on(shape=(2, 2, 6, 5))
+def batch_norm_behind_a_concatenation_of_four() -> nn.Module:
+    return _ManyInputs(4).eval()
+
+
 @distribute_over_branches.fires_on(shape=(2, 4, 8, 8))
 def pointwise_layer_behind_a_lateral_sum() -> nn.Module:
     """As in a feature pyramid (arXiv:1612.03144)."""

@@ -73,6 +73,11 @@ def batch_norm_before_a_padded_convolution_at_a_fixed_size() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)).eval()
 
 
+@fold_batchnorm.fires_on(shape=(2, 3, 6, 5))
+def two_batch_norms() -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU()).eval()
+
+
 @fold_batchnorm.leaves_alone(shape=(2, 3, 8, 8), because="batch statistics")
 def batch_norm_without_statistics() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()

@@ -126,6 +126,21 @@ def factor_around_an_average_pooling() -> nn.Module:
     return nn.Sequential(_Halved(), nn.AvgPool2d(2), _Halved()).eval()
 
 
+@fold_scale.fires_on(shape=(2, 3, 6, 6))
+def factor_behind_an_average_pooling() -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), _Halved(), nn.ReLU()).eval()
+
+
+@fold_scale.fires_on(shape=(2, 3, 6, 6))
+def sum_of_two_multiples() -> nn.Module:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            return torch.tanh(0.5 * y + 3 * y)
+
+    return Sum().eval()
+
+
 @fold_scale.fires_on(shape=(2, 3, 8, 8))
 def input_normalisation_before_a_padded_stem() -> nn.Module:
     return nn.Sequential(_Centre(), nn.Conv2d(3, 4, 3, padding=1)).eval()

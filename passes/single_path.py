@@ -259,6 +259,30 @@ def residual_block_on_a_prelu() -> nn.Module:
     return _Block(_basic(nn.PReLU(6, init=0.3)), nn.Identity()).eval()
 
 
+class _PlainBlock(nn.Module):
+    """A skip connection that is no layer."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + x)
+
+
+@single_path.fires_on(shape=(2, 4, 7, 6))
+def residual_block_without_a_layer_on_its_skip() -> nn.Module:
+    return _PlainBlock(_basic(nn.SiLU())).eval()
+
+
+@single_path.fires_on(shape=(2, 4, 7, 6))
+def bottleneck_without_a_layer_on_its_skip() -> nn.Module:
+    body = nn.Sequential(
+        nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 4, 1)
+    )  # fmt: skip
+    return _PlainBlock(body).eval()
+
+
 @single_path.leaves_alone(shape=(2, 4, 9, 8), because="does not give back what it is given")
 def residual_beside_mish() -> nn.Module:
     return _Block(_basic(nn.Mish()), nn.Identity()).eval()

@@ -8,7 +8,8 @@ Counter({'Conv2d': 1})
 
 from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
-from rgc.compiler import CompiledModule, Plan, compile
+from rgc.attribution import Attribution
+from rgc.compiler import CompiledModule, Plan, bisect, compile, error_bound
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
 from rgc.explainer import explain
 from rgc.explanation import Explanation
@@ -49,7 +50,7 @@ from rgc.rearrange import (
     Subsample,
 )
 from rgc.region import Join, Region
-from rgc.report import Firing, Refused, Report, Verification
+from rgc.report import ErrorBound, Firing, OutputBound, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.sparsity import block_diagonal, regroup_by_sparsity
@@ -70,14 +71,15 @@ from rgc import passes  # isort: skip  # the built-in passes use only the public
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation", "AdaptiveMaxPool", "Add", "Assign", "AvgPool", "AxisSums", "BatchNorm", "BorderFill", "ChannelMean",
-    "Clamp", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "Explanation", "Firing", "Flatten", "Gather",
-    "Graph", "GraphError", "GraphPass", "Identity", "InputError", "Interval", "Join", "Limits", "Linear", "MaxPool",
-    "Measurement", "Multiply", "Normalize", "NotEquivalentError", "Opaque", "Operator", "Origin", "Pad",
-    "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite",
-    "RgcError", "Scale", "Structural", "Subsample", "Tail", "TensorType", "TraceError", "Unflatten", "Upsample",
-    "Value", "Verification", "add", "average_pool_at", "averaged", "bench", "block_diagonal", "border",
-    "carried_axis", "carrying_axis", "compile", "compose", "explain", "graph_pass", "inverts", "is_adaptive_average",
-    "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated",
-    "require", "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
+    "Activation", "AdaptiveMaxPool", "Add", "Assign", "Attribution", "AvgPool", "AxisSums", "BatchNorm",
+    "BorderFill", "ChannelMean", "Clamp", "CompiledModule", "Concat", "Constant", "Conv", "Deferred", "ErrorBound",
+    "Explanation", "Firing", "Flatten", "Gather", "Graph", "GraphError", "GraphPass", "Identity", "InputError",
+    "Interval", "Join", "Limits", "Linear", "MaxPool", "Measurement", "Multiply", "Normalize", "NotEquivalentError",
+    "Opaque", "Operator", "Origin", "OutputBound", "Pad", "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement",
+    "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "Tail",
+    "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "average_pool_at",
+    "averaged", "bench", "bisect", "block_diagonal", "border", "carried_axis", "carrying_axis", "compile",
+    "compose", "error_bound", "explain", "graph_pass", "inverts", "is_adaptive_average", "is_permutation",
+    "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated", "require",
+    "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
 ]  # fmt: skip

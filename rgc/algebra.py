@@ -39,6 +39,9 @@ from rgc.ir import Operator, TensorType
 from rgc.kernels import Kernel, add_kernels, compose_kernels, regroup, transpose_kernel
 from rgc.precision import in_float64
 
+#: Into a sum goes no pad value whose rounding grows by more than this there: the proof of the model allows 8 in all.
+LARGEST_AMPLIFICATION = 4.0
+
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size = tuple[int, ...]
 
@@ -140,7 +143,7 @@ class Scale(Linear):
 
 @dataclass(frozen=True)
 class Deferred:
-    """A weight of known shape that is computed when somebody reads it, so that costs can be weighed before the work."""
+    """A weight or bias of known shape that is computed when somebody reads it, so that costs are weighed first."""
 
     shape: Size
     compute: Callable[[], Tensor]
@@ -152,15 +155,29 @@ class _Weight:
     def __get__(self, conv: Any, owner: type) -> Tensor:
         if conv is None:
             raise AttributeError("weight has no default")
-        stored = conv.__dict__["weight"]
-        if isinstance(stored, Deferred):
-            with in_float64():
-                stored = stored.compute()
-            conv.__dict__["weight"] = stored
-        return cast(Tensor, stored)
+        return cast(Tensor, _computed(conv, "weight"))
 
     def __set__(self, conv: Any, value: Tensor | Deferred) -> None:
         conv.__dict__["weight"] = value
+
+
+class _Bias:
+    """The bias field of a `Conv`: as its weight, or None, which is the default."""
+
+    def __get__(self, conv: Any, owner: type) -> Tensor | None:
+        return None if conv is None else _computed(conv, "bias")
+
+    def __set__(self, conv: Any, value: Tensor | Deferred | None) -> None:
+        conv.__dict__["bias"] = value
+
+
+def _computed(conv: Any, name: str) -> Tensor | None:
+    stored: Tensor | Deferred | None = conv.__dict__[name]
+    if isinstance(stored, Deferred):
+        with in_float64():
+            stored = stored.compute()
+        conv.__dict__[name] = stored
+    return stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +195,7 @@ class Conv(Linear):
     """
 
     weight: _Weight = _Weight()
-    bias: Tensor | None = None
+    bias: _Bias = _Bias()
     stride: Any = 1
     padding: Any = 0
     dilation: Any = 1
@@ -208,9 +225,10 @@ class Conv(Linear):
         first, rank = self.shape[0], len(self.shape) - 2
         if self.groups < 1 or first % self.groups:
             raise GraphError(f"Conv: {first} channels do not divide into {self.groups} groups")
-        if self.bias is not None and (self.bias.shape[0] != self.out_channels or self.bias.dim() not in (1, 1 + rank)):
-            raise GraphError(f"Conv: bias {list(self.bias.shape)} does not fit {self.out_channels} output channels")
-        if self.bias is not None and self.bias.dim() > 1 and self.size is None:
+        bias = self.bias_shape
+        if bias is not None and (bias[0] != self.out_channels or len(bias) not in (1, 1 + rank)):
+            raise GraphError(f"Conv: bias {list(bias)} does not fit {self.out_channels} output channels")
+        if self.has_bias_map and self.size is None:
             raise GraphError("Conv: a bias map needs the input size at which it holds")
         if self.pad_value is not None and tuple(self.pad_value.shape) != (self.in_channels,):
             raise GraphError(f"Conv: pad_value {list(self.pad_value.shape)} must be one value per input channel")
@@ -237,9 +255,9 @@ class Conv(Linear):
         self._check_bias_map()
 
     def _check_bias_map(self) -> None:
-        if self.bias is None or self.bias.dim() == 1 or self.size is None:
+        if self.bias_shape is None or not self.has_bias_map or self.size is None:
             return
-        found, expected = tuple(self.bias.shape[1:]), self.output_size(self.size)
+        found, expected = self.bias_shape[1:], self.output_size(self.size)
         if found != expected:
             where = f"the output {list(expected)} at {list(self.size)}"
             raise GraphError(f"Conv: bias map {list(found)} does not fit {where}")
@@ -248,6 +266,17 @@ class Conv(Linear):
     def shape(self) -> Size:
         """The shape of the weight, known also where the weight is not computed yet."""
         return tuple(self.__dict__["weight"].shape)
+
+    @property
+    def bias_shape(self) -> Size | None:
+        """The shape of the bias, known also where the bias is not computed yet."""
+        stored = self.__dict__["bias"]
+        return None if stored is None else tuple(stored.shape)
+
+    @property
+    def has_bias_map(self) -> bool:
+        """Does what it adds differ from position to position?"""
+        return self.bias_shape is not None and len(self.bias_shape) > 1
 
     @property
     def kernel(self) -> Size:
@@ -326,7 +355,7 @@ class Conv(Linear):
         stride = "" if set(self.stride) == {1} else f" /{'x'.join(map(str, dict.fromkeys(self.stride)))}"
         kind = "transposed conv" if self.transposed else "conv"
         groups = "" if self.groups == 1 else f" groups={self.groups}"
-        extra = " + bias map" if self.bias is not None and self.bias.dim() > 1 else ""
+        extra = " + bias map" if self.has_bias_map else ""
         extra += "" if self.ones is None else " + ones"
         return f"{kind} {kernel} {self.in_channels}->{self.out_channels}{stride}{groups}{extra}"
 
@@ -335,8 +364,8 @@ class Conv(Linear):
         """What has to run around PyTorch's own convolution, which knows neither ones, nor uneven padding, nor maps."""
         shifted = self.is_padded and self.pad_value is not None and not self.pads_evenly
         uneven = any(before != after or before < 0 for before, after in self.padding)
-        mapped = self.bias is not None and self.bias.dim() > 1
-        present = {"sub": shifted, "ones": self.ones is not None, "pad": uneven or self.pads_evenly, "add": mapped}
+        padded = uneven or self.pads_evenly
+        present = {"sub": shifted, "ones": self.ones is not None, "pad": padded, "add": self.has_bias_map}
         return tuple(name for name, needed in present.items() if needed)
 
     @property
@@ -365,7 +394,7 @@ class Conv(Linear):
         if self.size is not None and tuple(x.shape[x.dim() - self.spatial :]) != self.size:
             found = "x".join(map(str, x.shape[x.dim() - self.spatial :]))
             raise GraphError(f"{self.label}: holds at {'x'.join(map(str, self.size))} only, got {found}")
-        bias = self.bias if self.bias is not None and self.bias.dim() == 1 else None
+        bias = None if self.has_bias_map else self.bias
         y = self._convolve(x, bias)
         return y if self.bias is None or bias is not None else y + self.bias
 
@@ -386,9 +415,9 @@ class Conv(Linear):
         return convolve(pad(x, self), self.weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def changed(self, **changes: Any) -> Conv:
-        """`dataclasses.replace` that leaves a deferred weight deferred."""
-        fields = {name: getattr(self, name) for name in ("bias", *self.geometry)}
-        return Conv(**{"weight": self.__dict__["weight"], **fields, **changes})
+        """`dataclasses.replace` that leaves a deferred weight, or bias, deferred."""
+        fields = {name: getattr(self, name) for name in self.geometry}
+        return Conv(**{"weight": self.__dict__["weight"], "bias": self.__dict__["bias"], **fields, **changes})
 
     def with_ones(self) -> Conv:
         """The same map with the channel of ones as its last input channel, for whoever puts it there."""
@@ -547,7 +576,7 @@ def _conv_on(axes: Sequence[Axis], weight: Tensor | Deferred, groups: int, **fie
 
 def _with_constant_part(linear: Conv, second: Conv, first: Conv, size: Size | None, pinned: bool) -> Conv:
     """``linear`` with what the two make of zeros, as a bias, bias map, pad value or channel of ones; or a refusal."""
-    has_maps = any(conv.bias is not None and conv.bias.dim() > 1 for conv in (first, second))
+    has_maps = first.has_bias_map or second.has_bias_map
     tells_inside = _inside(second, first) is not None
     transfers = not has_maps and (second.ones is None or tells_inside)
     at = size if pinned or first.size or second.size else None
@@ -605,13 +634,18 @@ def _value_that_becomes(wanted: Tensor | None, first: Conv) -> Tensor | None:
     return torch.where(missing == 0, torch.zeros_like(missing), missing / factor)
 
 
-def _pushed_bias(second: Conv, first: Conv) -> Tensor | None:
-    if first.bias is None:
-        return None if second.bias is None else second.bias.double()
-    total = second.kernels.taps()
-    grouped = total.reshape(second.groups, -1, total.shape[1])
-    pushed = (grouped @ first.bias.double().reshape(second.groups, -1, 1)).flatten()
-    return pushed if second.bias is None else pushed + second.bias.double()
+def _pushed_bias(second: Conv, first: Conv) -> Deferred | None:
+    """b2 + sum W2 b1, which takes the numbers of both."""
+
+    def pushed() -> Tensor:
+        reached = None
+        if first.bias is not None:
+            total = second.kernels.taps()
+            grouped = total.reshape(second.groups, -1, total.shape[1])
+            reached = (grouped @ first.bias.double().reshape(second.groups, -1, 1)).flatten()
+        return cast(Tensor, _sum_of_biases(reached, second.bias))
+
+    return None if first.bias_shape is None and second.bias_shape is None else Deferred((second.out_channels,), pushed)
 
 
 def _pushed_ones(second: Conv, first: Conv, *, with_bias: bool = False) -> Tensor | None:
@@ -678,13 +712,13 @@ def _compose_transposed(second: Conv, first: Conv, size: Size | None) -> Conv:
         transposed, weight=kernel.weight, bias=None, ones=None, groups=kernel.groups,
         size=size if first.size or second.size else None,
     )  # fmt: skip
-    has_maps = any(conv.bias is not None and conv.bias.dim() > 1 for conv in (first, second))
+    has_maps = first.has_bias_map or second.has_bias_map
     has_bias = first.bias is not None and bool((first.bias != 0).any())
     if not has_maps and (first.transposed or not has_bias):
-        bias = _pushed_bias(second, first) if has_bias else second.bias
+        own = None if second.bias is None else second.bias.double()
         ones = None if first.ones is None else _pushed_ones_of_transposed(second, first.ones, steps)
         ones = second.ones if ones is None else ones
-        return replace(merged, bias=None if bias is None else bias.double(), ones=ones)
+        return replace(merged, bias=_pushed_bias(second, first) if has_bias else own, ones=ones)
     if size is not None:
         at_zero = _response_to_zero(second, first, size)
         return replace(merged, bias=_without_constant_axes(at_zero[0]), size=size)
@@ -741,7 +775,9 @@ def _side_by_side(a: Conv, b: Conv, size: Size | None) -> Conv:
     if a.ones is not None or b.ones is not None:
         require(groups == 1, f"{a.label} and {b.label}: a channel of ones would make a sum of groups dense")
         ones = add_kernels(_ones_of(a), _ones_of(b), alignments).weight.squeeze(1)
-    bias = _sum_of_biases(a.bias, b.bias)
+    shapes = [shape for shape in (a.bias_shape, b.bias_shape) if shape is not None]
+    total = Deferred(max(shapes, key=len, default=()), lambda: cast(Tensor, _sum_of_biases(a.bias, b.bias)))
+    bias = total if shapes else None
     padded = next((conv for conv in (a, b) if conv.is_padded), None)
     if padded is None:
         return _conv_on(axes, weight, groups, bias=bias, ones=ones, size=size)
@@ -758,13 +794,44 @@ def _ones_of(conv: Conv) -> Kernel:
 def _padded_alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
     """Both with one padding mode and one pad value, or a refusal."""
     if not (a.is_padded and b.is_padded):
-        return a, b
+        padded, other = (a, b) if a.is_padded else (b, a)
+        if _pads_within_reason(padded, other):
+            return a, b
+        largest = 0.0 if padded.pad_value is None else float(padded.pad_value.abs().max())
+        require(
+            math.gcd(a.groups, b.groups) == 1,
+            f"{padded.label} pads with constants of up to {largest:.1e}, which it scales down again: beside "
+            f"{other.label}, which does not, they would leave little but rounding",
+        )
+        return _padded_with_zeros(a), _padded_with_zeros(b)
     require(a.padding_mode == b.padding_mode, f"padding modes differ: {a.padding_mode} and {b.padding_mode}")
     values = [torch.zeros(a.in_channels) if c.pad_value is None else c.pad_value.cpu() for c in (a, b)]
     if torch.equal(values[0].double(), values[1].double()):
         return a, b
     require(math.gcd(a.groups, b.groups) == 1, "the two branches pad with different constants")
     return _padded_with_zeros(a), _padded_with_zeros(b)
+
+
+def _pads_within_reason(padded: Conv, other: Conv) -> bool:
+    """Does what ``padded`` pads with round no worse in the sum with ``other`` than in ``padded`` by itself?
+
+    PyTorch pads with zeros, so the sum reads x - v and adds back what its kernel makes of v. Rounding moves x - v by
+    about eps |v|, which ``padded`` multiplies by its kernel K: eps |K| |v| is in its outputs however it is written. The
+    other kernel L makes eps |L| |v| of it, and where v = b / s for a scale s near 0, K carries that s and L does not.
+    """
+    value = padded.pad_value
+    if value is None:
+        return True
+    ours, theirs = (_reached_by(conv, value) for conv in (padded, other))
+    own = 0.0 if padded.bias is None else float(padded.bias.double().abs().max())
+    return float(theirs.max()) <= LARGEST_AMPLIFICATION * max(float(ours.max()), own)
+
+
+def _reached_by(conv: Conv, value: Tensor) -> Tensor:
+    """sum |K| |v| of each output channel, over all taps."""
+    total = Kernel(conv.kernels.weight.abs(), conv.groups).taps()
+    grouped = total.reshape(conv.groups, -1, total.shape[1])
+    return (grouped @ value.double().abs().reshape(conv.groups, -1, 1)).flatten()
 
 
 def _padded_with_zeros(conv: Conv) -> Conv:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from rgc.certificate import FILE, certificate_of, is_certificate
 from rgc.errors import InputError
 from rgc.onnx_artifact import PROTOBUF_LIMIT, OnnxModel, weights_beside, write_onnx
 from rgc.pt2_artifact import read_pt2, write_pt2
@@ -43,14 +44,16 @@ def save(
     format: str | None = None,
     protect: Iterable[PathLike] = (),
     check: Callable[[nn.Module], None] | None = None,
+    certify: Callable[[nn.Module, Path, str], str] | None = None,
     size_limit: int = PROTOBUF_LIMIT,
 ) -> Artifact:
     """Write a compiled model to ``path``: ``.pt2``, ``.onnx``, or a folder (a trailing ``/``) of readable Python.
 
     The artifact appears whole or not at all. Before it appears it is loaded back and handed to ``check``, which may
-    raise to prevent it. ``size_limit`` is the size in bytes beyond which an ONNX model keeps its weights in a second
-    file. Raises InputError if the format is unknown, the model cannot be expressed in it, the path cannot be written,
-    is listed in ``protect``, or is a folder that holds anything but an earlier artifact.
+    raise to prevent it. ``certify`` is given what was loaded back, the path of the files and the format, and returns
+    the certificate that appears with them. ``size_limit`` is the size in bytes beyond which an ONNX model keeps its
+    weights in a second file. Raises InputError if the format is unknown, the model cannot be expressed in it, the path
+    cannot be written, is listed in ``protect``, or is a folder that holds anything but an earlier artifact.
     """
     kind = choose_format(path, format)
     target = Path(path)
@@ -72,9 +75,13 @@ def save(
                     free_sizes=free_sizes, size_limit=size_limit, data_name=data_name,
                 )  # fmt: skip
                 free_dimensions, notes = exported.free_dimensions, exported.notes
-            if check is not None:
-                check(load(draft, trust=True, format=kind))
-            _publish(draft, target, old_data)
+            loaded = None if check is None and certify is None else load(draft, trust=True, format=kind)
+            if check is not None and loaded is not None:
+                check(loaded)
+            if certify is not None and loaded is not None:
+                certificate_of(draft, kind).write_text(certify(loaded, draft, kind))
+            del loaded
+            _publish(draft, target, kind, old_data)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
     return Artifact(target, kind, free_dimensions, notes)
@@ -123,24 +130,36 @@ def choose_format(path: PathLike, format: str | None = None) -> str:
 
 def _refuse_unsafe_target(target: Path, kind: str, protect: Iterable[PathLike]) -> None:
     """Nothing but an earlier artifact may be overwritten, and never a file that the caller still needs."""
-    written = {target.resolve(), *(path.resolve() for path in data_files(target) if kind == "onnx")}
+    written = {
+        target.resolve(),
+        certificate_of(target, kind).resolve(),
+        *(path.resolve() for path in data_files(target) if kind == "onnx"),
+    }
     for protected in (Path(entry).resolve() for entry in protect):
         if protected in written or (kind == "python" and target.resolve() in protected.parents):
             raise InputError(f"{target} would overwrite {protected}, which is an input; choose another path")
     if kind != "python":
         if target.is_dir():
             raise InputError(f"{target} is a folder; a {kind} artifact is a file")
+        certificate = certificate_of(target, kind)
+        if certificate.exists() and not is_certificate(certificate):
+            raise InputError(f"{certificate} is no certificate of rgc, and would be overwritten; choose another path")
         return
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; a Python artifact is a folder")
     strangers = {entry.name for entry in target.iterdir()} if target.exists() else set()
-    if strangers := strangers - {MODEL_FILE, WEIGHTS_FILE, "__pycache__"}:
+    if strangers := strangers - {MODEL_FILE, WEIGHTS_FILE, FILE, "__pycache__"}:
         raise InputError(f"{target} holds other files ({min(strangers)}); choose a new or empty folder")
 
 
-def _publish(draft: Path, target: Path, old_data: Path | None) -> None:
-    """Let the draft appear; the weights of an ONNX model first, under a name that the old model does not use."""
+def _publish(draft: Path, target: Path, kind: str, old_data: Path | None) -> None:
+    """Let the draft appear; the weights of an ONNX model first, under a name that the old model does not use.
+
+    A certificate goes before the artifact that it describes is replaced, and comes after the new one, so that at no
+    moment one lies beside what it does not describe. That of a folder is in it, and appears with the rest.
+    """
     new_data = [target.with_name(data.name) for data in data_files(draft) if data.exists()]
+    old_certificate = None if kind == "python" else _taken(certificate_of(target, kind))
     try:
         for data in new_data:
             publish(draft.with_name(data.name), data)
@@ -148,9 +167,22 @@ def _publish(draft: Path, target: Path, old_data: Path | None) -> None:
     except BaseException:
         for data in new_data:
             data.unlink(missing_ok=True)
+        if old_certificate is not None:
+            certificate_of(target, kind).write_bytes(old_certificate)
         raise
     if old_data is not None:
         old_data.unlink(missing_ok=True)
+    if kind != "python" and (certificate := certificate_of(draft, kind)).exists():
+        publish(certificate, certificate_of(target, kind))
+
+
+def _taken(path: Path) -> bytes | None:
+    """What the file held, which is gone now."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
 
 def data_files(path: Path) -> tuple[Path, Path]:

@@ -6,19 +6,20 @@ and what it holds may take the batch of its example and no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rgc.compiler import device_of, floating_dtype
+from rgc.data import Sample
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, copy_model
 from rgc.onnx_artifact import OnnxModel
 from rgc.report import Verification
-from rgc.verify import Level, Pair
+from rgc.subject import device_of, floating_dtype
+from rgc.verify import Case, Cases, Level, Pair
 
 #: What artifacts raise for inputs that they do not take: onnxruntime through `OnnxModel`, torch by guards and kernels.
 _REFUSALS = (InputError, RuntimeError, AssertionError, ValueError, IndexError, TypeError)
@@ -31,13 +32,48 @@ _ONNX_DTYPES = {
 }
 
 
-def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level: Level = "quick") -> Verification:
-    """Hold ``artifact``, in its own dtype, against the float64 ``original`` on the example and on drawn inputs.
+def compare(
+    original: nn.Module,
+    artifact: nn.Module,
+    example: Example,
+    *,
+    level: Level = "quick",
+    samples: Sequence[Sample] = (),
+) -> Verification:
+    """Hold ``artifact``, in its own dtype, against the float64 ``original`` on example, drawn inputs and ``samples``.
 
     Drawn batches that the artifact refuses to take are left out: it is then not wrong, but made for one batch size.
-    Raises `InputError` where one of the two cannot run the example; a difference is returned, not raised.
+    Raises `InputError` where one of the two cannot run the example or a sample; a difference is returned, not raised.
     """
-    example = example.to(torch.device("cpu"))
+    pair = _pair(original, artifact, example.to(torch.device("cpu")))
+    if isinstance(pair, str):
+        return _different(level, pair)
+    refused = next((sample for sample in samples if not pair.accepts(sample.example)), None)
+    if refused is not None:
+        raise InputError(f"the artifact does not take {_describe(refused.example)} ({refused.name})")
+    try:
+        return pair.check(example.to(torch.device("cpu")), level=level, free_sizes=False, samples=samples)
+    except NotEquivalentError as error:
+        return _different(level, str(error))
+
+
+def compare_each(original: nn.Module, artifact: nn.Module, examples: Sequence[Example]) -> list[Verification | None]:
+    """As `compare`, on just these examples of one form, each by itself; None where the original does not take one."""
+    pair = _pair(original, artifact, examples[0])
+    return [_different("quick", pair) if isinstance(pair, str) else _compared(pair, each) for each in examples]
+
+
+def _compared(pair: Pair, example: Example) -> Verification | None:
+    try:
+        return pair.check_deployed(Cases("quick", [Case(example, None)], None))
+    except NotEquivalentError as error:  # which a failure of the artifact is, too
+        return _different("quick", str(error))
+    except _REFUSALS:
+        return None
+
+
+def _pair(original: nn.Module, artifact: nn.Module, example: Example) -> Pair | str:
+    """The two as `Pair` compares them, or why they differ on the example."""
     dtype, device = _dtype_of(artifact, original, example), device_of(artifact)
     reference, precision = _reference(original, example)
     try:
@@ -46,7 +82,7 @@ def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level
         raise InputError(f"the artifact does not take {_describe(example)}: {_first(error)}") from error
     expected = example.cast(precision).run(_flat(reference))
     if _sizes(found) != _sizes(expected):
-        return _different(level, f"returns {_sizes(found)} where the original returns {_sizes(expected)}")
+        return f"returns {_sizes(found)} where the original returns {_sizes(expected)}"
     accepted = {_shapes(example): True}
 
     def accepts(drawn: Example) -> bool:
@@ -56,11 +92,7 @@ def compare(original: nn.Module, artifact: nn.Module, example: Example, *, level
 
     deployed = _flat(copy_model(original, dtype=dtype).to(device))
     precise = _flat(reference) if precision == torch.float64 else None
-    pair = Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
-    try:
-        return pair.check(example, level=level, free_sizes=False)
-    except NotEquivalentError as error:
-        return _different(level, str(error))
+    return Pair(deployed, _flat(artifact), precise, None, dtype, device, accepts)
 
 
 def _different(level: Level, reason: str) -> Verification:

@@ -259,6 +259,7 @@ def standard_probes(target: str) -> list[Probe]:
         *(probe for kernel in _RARE for probe in _dense(kernel, _FEW_CHANNELS, _FEW_SIDES)),
         *(probe for side in (1, 3, 5, 7) for probe in _dense((side, side), _CHANNELS, (14, 28, 112), stride=2)),
         *(probe for side in (2, 4) for probe in _dense((side, side), _CHANNELS, (14, 56, 112), stride=side)),
+        *(probe for side in (1, 3, 5) for probe in _unaligned((side, side))),
         *_dense((3, 3), _FEW_CHANNELS, _FEW_SIDES, dilation=2), *_stems(), *_depthwise(), *_grouped(), *_batches(),
         *_transposed(), *_pools(), *_linear(),
     ]  # fmt: skip
@@ -289,6 +290,12 @@ def _dense(
         if side >= max(kernel) // 2:
             conv = _conv(reads, makes, kernel, stride=stride, dilation=dilation, padding=padding)
             yield Probe(conv, (1, reads, side, side))
+
+
+def _unaligned(kernel: tuple[int, int]) -> Iterable[Probe]:
+    """A channel of ones more than what kernels are made for."""
+    for reads, makes, side in itertools.product(_FEW_CHANNELS, _FEW_CHANNELS, _FEW_SIDES):
+        yield Probe(_conv(reads + 1, makes, kernel, padding=_same(kernel)), (1, reads + 1, side, side))
 
 
 def _stems() -> Iterable[Probe]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +17,9 @@ from rgc.compiler import CompiledModule
 from rgc.errors import InputError
 from rgc.limits import Limits
 from rgc.loading import load_model
+from rgc.plan_file import plan_text
 from rgc.pt2_inspection import reason_to_distrust
-from rgc.saving import save
+from rgc.saving import save_from
 from rgc.workshop import publish, workshop, write_whole
 
 
@@ -49,27 +52,42 @@ def load_compiled(source: str, trust: bool, limits: Limits) -> nn.Module:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all; `InputError` where it cannot be written."""
-    try:
+    with _written(path):
         write_whole(path, text)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write(compiled: CompiledModule, destination: Destination, source: str) -> Artifact:
-    """Artifact and report, or neither; ``source``, where the model came from, is never overwritten."""
-    protect = () if source.startswith("zoo:") else (source,)
-    report = destination.report
-    if report is None:
-        return save(compiled, destination.artifact, format=destination.format, protect=protect)
-    try:
-        with workshop(report.absolute().parent) as place:
-            draft = place / report.name
-            draft.write_text(compiled.report.to_json() + "\n")
-            written = save(compiled, destination.artifact, format=destination.format, protect=protect)
-            publish(draft, report)
-    except OSError as error:
-        raise InputError(f"cannot write {report}: {error.strerror or error}") from error
+    """Artifact, report and plan, or none; ``source``, where the model came from, is never overwritten."""
+    file = None if source.startswith("zoo:") else Path(source)
+    protect = () if file is None else (file,)
+    texts: dict[Path, str] = {}
+    if destination.report is not None:
+        texts[destination.report] = compiled.report.to_json() + "\n"
+    if destination.plan is not None:
+        texts[destination.plan] = plan_text(compiled.plan)
+    with contextlib.ExitStack() as drafting:
+        drafts = {path: _draft(drafting, path, text) for path, text in texts.items()}
+        written = save_from(compiled, destination.artifact, file, format=destination.format, protect=protect)
+        for path, draft in drafts.items():
+            with _written(path):
+                publish(draft, path)
     return written
+
+
+def _draft(drafting: contextlib.ExitStack, path: Path, text: str) -> Path:
+    with _written(path):
+        draft = drafting.enter_context(workshop(path.absolute().parent)) / path.name
+        draft.write_text(text)
+        return draft
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """`InputError` where the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _reason_to_distrust(path: Path, kind: str) -> str | None:

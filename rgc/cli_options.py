@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rgc.artifact import choose_format
-from rgc.compiler import example_of
 from rgc.errors import InputError
 from rgc.frontend import Example
+from rgc.pass_source import name_clash
 from rgc.passbook import load_passes, resolve
 from rgc.rewrite import Pass
+from rgc.subject import example_of
 
 _INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>[1-9]\d*(?:x[1-9]\d*)*)(?::(?P<dtype>\w+))?", re.ASCII)
 _INTEGERS = {
@@ -134,7 +135,13 @@ def chosen_passes(text: str, plugins: Sequence[str]) -> list[Any]:
 
     Runs the plugins. ``text`` may name their passes as well: ``-name`` takes one away.
     """
-    added = {each.name: each for plugin in plugins for each in load_plugin(plugin)}
+    added: dict[str, Pass] = {}
+    for plugin in plugins:
+        for each in load_plugin(plugin):
+            if clash := name_clash(each):
+                raise InputError(f"--plugin {plugin}: the pass {each.name} {clash}; give it another name")
+            if added.setdefault(each.name, each) is not each:
+                raise InputError(f"--plugin {plugin}: another plugin has a pass {each.name} too; rename one of them")
     names = [name.strip() for name in text.split(",")]
     if all(name.startswith("-") for name in names):
         names = ["default", *names]
@@ -145,8 +152,8 @@ def chosen_passes(text: str, plugins: Sequence[str]) -> list[Any]:
     return passes
 
 
-def load_plugin(source: str) -> tuple[Pass, ...]:
-    """The passes of a plugin; `InputError`, with the line, for one that cannot be run."""
+def load_plugin(source: str, option: str = "--plugin ") -> tuple[Pass, ...]:
+    """The passes of a plugin; `InputError`, with the line, for one that cannot be run. ``option``: how it was named."""
     here = os.getcwd()
     sys.path.insert(0, here)  # as `python` does, and an installed command does not
     try:
@@ -156,7 +163,7 @@ def load_plugin(source: str) -> tuple[Pass, ...]:
     except Exception as error:  # it is the user's own code, which may raise anything
         line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
         reason = f"line {line}: {type(error).__name__}: {error}"
-        raise InputError(f"--plugin {source}: cannot be loaded ({reason})") from error
+        raise InputError(f"{option}{source}: cannot be loaded ({reason})") from error
     finally:
         if here in sys.path:
             sys.path.remove(here)
@@ -170,28 +177,36 @@ def _is_image_size(size: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an artifact goes and in which format, and where its report goes, if anywhere."""
+    """Where an artifact goes and in which format, and where its report and its plan go, if anywhere."""
 
     artifact: Path
     format: str
     report: Path | None = None
+    plan: Path | None = None
 
     @classmethod
-    def of(cls, model: str, output: str | None, format: str | None, report: str | None) -> Destination:
-        """What ``--output``, ``--format`` and ``--report`` say for the model of this file or zoo name.
+    def of(
+        cls, model: str, output: str | None, format: str | None, report: str | None, plan: str | None = None
+    ) -> Destination:
+        """What ``--output``, ``--format``, ``--report`` and ``--save-plan`` say for the model of this file or zoo name.
 
         Raises `InputError` where they contradict each other or name a place that cannot be written.
         """
         chosen = _format(output, format)
         path = Path(output) if output is not None else default_output(model, chosen)
-        given = None if report is None else Path(report)
+        given, kept = (None if each is None else Path(each) for each in (report, plan))
         if given is not None and given.suffix != ".json":
             raise InputError(f"--report {report}: this version writes .json reports only")
-        taken = [("the input", Path(model)), *([("the artifact", path)] if given is not None else [])]
-        for option, place in (("--output", path), ("--report", given)):
+        if kept is not None and kept.suffix != ".json":
+            raise InputError(f"--save-plan {plan}: a plan is written as .json")
+        taken = [("the input", Path(model))]
+        for option, place, what in (
+            ("--output", path, "the artifact"), ("--report", given, "the report"), ("--save-plan", kept, "the plan"),
+        ):  # fmt: skip
             if place is not None:
-                _require_writable(option, place, taken[: 1 if option == "--output" else 2])
-        return cls(path, chosen, given)
+                _require_writable(option, place, taken)
+                taken.append((what, place))
+        return cls(path, chosen, given, kept)
 
 
 def default_output(model: str, format: str) -> Path:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import textwrap
 import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +22,18 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rgc.artifact import Artifact
     from rgc.calibration import Calibration
+    from rgc.certified import Evidence
     from rgc.compiler import Trace
+    from rgc.examination import Examination
+    from rgc.laws import Law
     from rgc.report import Verification
     from rgc.rewrite import Example, Pass, Term
+
+#: What `law_row` tells of a law.
+LAW_COLUMNS = ("pass", "forms", "patterns", "firings", "tries", "degree", "set", "chance")
+
+#: What stands in the source of no pass.
+_OTHER_REASONS = "for the reasons of the algebra (the border ring, strides, groups) and of the cost model"
 
 #: Work that is over sooner shows no progress: a flicker tells nobody anything.
 _PATIENCE = 1.0
@@ -166,11 +177,48 @@ def print_verification(out: Console, found: Verification) -> None:
     out.print(Text("equal"), style="bold")
 
 
+def print_evidence(out: Console, evidence: Evidence) -> None:
+    """What of a certificate was checked again."""
+    count = len(evidence.certificate.artifact.files)
+    seeds = ", ".join(str(check.seed) for check in evidence.checks)
+    inputs = f"; equal on the inputs of seed{'s' * (len(evidence.checks) > 1)} {seeds}" if seeds else ""
+    files = f"{count} file{'s' * (count > 1)}"
+    out.print(Text(f"certificate: the original and {files} are those that it describes{inputs}"), soft_wrap=True)
+    for remark in evidence.remarks:
+        print_note(out, remark)
+
+
+def print_note(out: Console, remark: str) -> None:
+    """Something that the user should know, on a line."""
+    out.print(Text(f"note: {one_line(remark)}"), soft_wrap=True)
+
+
 def print_passes(out: Console, passes: Sequence[Pass], sets: dict[str, Iterable[Pass]]) -> None:
     """All passes, one a row, each with the smallest set of ``sets`` that it belongs to."""
     member = {each.name: name for name, members in reversed(sets.items()) for each in members}
     rows = ([each.name, member.get(each.name, "by name"), first_sentence(each.statement)] for each in passes)
     _print_table(out, ("pass", "in", "statement"), rows)
+
+
+def print_examination(out: Console, found: Examination) -> None:
+    """A line for each kind of check, then what is wrong, each with what to do and a program that shows it."""
+    _print_heading(out, found.name)
+    _print_table(out, ("check", "result", "tried"), ([line.check, line.status, line.tried] for line in found.lines))
+    for finding in found.findings:
+        out.print(Text(f"\nwrong: {_visible(finding.problem)}"), soft_wrap=True)
+        if finding.advice:
+            out.print(Text(f"  do: {_visible(finding.advice)}"), soft_wrap=True)
+        if finding.program:
+            out.print(Text("  this program shows it:\n"))
+            out.print(Text(textwrap.indent(finding.program, "    ")), soft_wrap=True)
+    for note in found.notes:
+        out.print(Text(f"note: {_visible(note)}"), soft_wrap=True)
+    out.print()
+
+
+def _visible(text: str) -> str:
+    """The lines of a text, each as `one_line` shows it."""
+    return "\n".join(map(one_line, text.splitlines()))
 
 
 def first_sentence(statement: str) -> str:
@@ -185,24 +233,57 @@ def first_sentence(statement: str) -> str:
 
 
 def print_pass(out: Console, shown: Pass) -> None:
-    """One pass: what it states, which patterns it matches, and its examples."""
+    """One pass: what it states, which patterns it matches, its examples, and what it may refuse."""
+    from rgc.reasons import reasons_of
     from rgc.rewrite import GraphPass
 
     _print_heading(out, shown.name)
     out.print(Text(reflowed(shown.statement)))
-    if isinstance(shown, GraphPass):
-        out.print(Text("\nIt rewrites the graph as a whole: it has no pattern."))
-        return
     _print_heading(out, "\nmatches")
-    for case in shown.cases:
+    if isinstance(shown, GraphPass):
+        _print_indented(out, Text("the graph as a whole: it has no pattern"))
+    for case in [] if isinstance(shown, GraphPass) else shown.cases:
         holes = ", ".join(f"{name}: {_names_of(kind)}" for name, (kind, _) in case.holes.items())
-        out.print(Text(f"  {pattern_text(case.pattern)}   with {holes}"))
+        _print_indented(out, Text(f"{pattern_text(case.pattern)}   with {holes}"))
     fires, leaves = ([e for e in shown.examples if e.fires is wanted] for wanted in (True, False))
     for heading, examples in (("fires on", fires), ("leaves alone", leaves)):
         if examples:
             _print_heading(out, f"\n{heading}")
             columns = ("example", "input", *([] if heading == "fires on" else ["because"]))
             _print_table(out, columns, (_example_row(example) for example in examples))
+    _print_heading(out, "\nmay refuse because")
+    own = reasons_of(shown)
+    for reason in [*own, f"{'and ' if own else ''}{_OTHER_REASONS}"]:
+        _print_indented(out, Text(reason))
+
+
+def print_law(out: Console, law: Law | None = None) -> None:
+    """How much a pass is proved to be a law, or how to have it proved."""
+    _print_heading(out, "\nproof")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    if law is None:
+        table.add_row("law", Text("not tried here: --prove tries it on random integers, without rounding"))
+    else:
+        table.add_row("evidence", Text(", ".join(law.evidence)))
+        table.add_row("law", Text(str(law)))
+        table.add_row("assuming", Text(law.assumption))
+    formulas = "sizes, strides, padding, dilation and borders are proved for all numbers (tests/test_axis.py, by sympy)"
+    table.add_row("formulas", Text(formulas))
+    table.add_row("firings", Text("each one is compared in float64 with what it replaces, and so is the whole model"))
+    _print_indented(out, table)
+
+
+def print_laws(out: Console, laws: Iterable[Law]) -> None:
+    """The laws of several passes, one a row."""
+    _print_table(out, LAW_COLUMNS, map(law_row, laws), right=range(1, len(LAW_COLUMNS)))
+    out.print(Text("chance: at most, that a wrong pass agrees on all tries; -: not polynomial, so none is stated"))
+
+
+def law_row(law: Law) -> list[str]:
+    """The numbers of a law."""
+    fired, known = law.patterns
+    counts = [law.forms, f"{fired} of {known}" if known else "-", law.firings, law.instances, law.degree, law.draws]
+    return [law.rewrite, *map(str, counts), "-" if law.chance is None else f"{law.chance:.0e}"]
 
 
 def _names_of(kind: Any) -> str:
@@ -244,6 +325,10 @@ def _example_row(example: Example) -> list[str]:
 
 def _print_heading(out: Console, text: str) -> None:
     out.print(Text(text, style="bold"))
+
+
+def _print_indented(out: Console, content: RenderableType) -> None:
+    out.print(Padding(content, (0, 0, 0, 2), expand=False))
 
 
 def _print_table(

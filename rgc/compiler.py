@@ -1,44 +1,49 @@
-"""What does ``rgc.compile`` do? Capture, rewrite, emit, prove; and, if the proof fails, find the culprit and go on."""
+"""What does ``rgc.compile`` return? The equal module that `rgc.attempt` has found, its report and its plan."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
-from rgc.cost import OBJECTIVES, Objective, macs, target_named
-from rgc.emit import emit, narrow, opaque_counts, operator_counts
-from rgc.engine import Policy, Record, apply, copy_graph
-from rgc.errors import InputError, NotEquivalentError
-from rgc.example import (
-    Example,
-    copy_model,
-    output_difference,
-    precise_form,
-    precisely,
-    runnable,
-    runnable_in_float64,
-    unchanged_generators,
+from rgc.attempt import (
+    Attempt,
+    Options,
+    Task,
+    Traced,
+    attributed,
+    captured_and_proved,
+    fault,
+    holds_at_any_size,
+    no_child,
+    require_nodes,
+    rewritten,
 )
-from rgc.frontend import TIERS, Capture, capture
+from rgc.attribution import Attribution
+from rgc.cost import CPU, OBJECTIVES, Objective, macs, target_named
+from rgc.data import Sample, samples_of
+from rgc.decisions import Decisions
+from rgc.emit import opaque_counts, operator_counts
+from rgc.engine import Policy, Record
+from rgc.errors import InputError, NotEquivalentError
+from rgc.example import Example, copy_model, precise_form, unchanged_generators
+from rgc.frontend import capture
 from rgc.ir import Graph
 from rgc.limits import Limits
 from rgc.passbook import resolve
-from rgc.proof import TOLERANCE
-from rgc.report import Failure, Firing, Refused, Report, Verification
+from rgc.report import ErrorBound, Failure, Firing, Refused, Report
 from rgc.rewrite import Pass
-from rgc.verify import Level, Pair, require_level
-
-#: So many rewrites may fail at the level of the model before compiling gives up.
-MOST_CULPRITS = 8
+from rgc.rounding import bound_errors
+from rgc.subject import Subject, device_of, example_of, floating_dtype, require_definite, require_eval
+from rgc.verify import Level, require_level
 
 
 class CompiledModule(fx.GraphModule):
@@ -95,47 +100,73 @@ def _restored(rebuild: Any, arguments: tuple[Any, ...], report: Report, plan: Pl
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to compile: what ``rgc.compile`` takes beside the model and the example."""
-
-    passes: Any = "default"
-    objective: Objective = "latency"
-    target: str | None = None
-    dtype: torch.dtype | None = None
-    verify: Level = "quick"
-    strict: bool = False
-    limits: Limits = field(default_factory=Limits)
-    fixed_size: bool | None = None  # may passes rely on the example's size? None: as their names say
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The rewrites of one compilation, to be applied to other checkpoints of the same model."""
+    """The decisions of one compilation, to be applied to other checkpoints of the same model without a search.
+
+    firings: the rewrites that were made, each with where. decisions: what was found to pay, and what not, on
+    ``target``; nothing is weighed again when they are applied, so the machine may be another. undone: firings that a
+    user's own data have shown to be wrong, which are never made again.
+    """
 
     source: nn.Module = field(repr=False)
     example: Example = field(repr=False)
     options: Options
-    decisions: tuple[tuple[str, str], ...]
+    target: str
+    firings: tuple[tuple[str, str], ...]
+    decisions: Decisions = field(repr=False)
+    undone: tuple[tuple[str, str], ...] = ()
 
-    def apply(self, state_dict: dict[str, Tensor]) -> CompiledModule:
-        """The same model with the weights of ``state_dict``, through the same rewrites.
+    def apply(self, state_dict: Mapping[str, Tensor]) -> CompiledModule:
+        """The same model with the weights of ``state_dict``, through the same rewrites, and proved as ever.
 
-        Raises `InputError` where the weights do not fit, `NotEquivalentError` where a decision no longer holds.
+        The result is, bit for bit, what compiling that checkpoint afresh would give. Where it would be another, because
+        a decision does not hold (a slope that was 1) or because the checkpoint allows what was never decided (a bias
+        that is zero now), `NotEquivalentError` names it. Raises `InputError` where the weights do not fit the model.
         """
         model = copy_model(self.source)
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             raise InputError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:300]}") from error
-        compiled = compile_with(model, self.example, self.options)
-        found = tuple((firing.rewrite, firing.where) for firing in compiled.report.rewrites)
-        lost = [decision for decision in self.decisions if decision not in found]
-        if lost:
-            reasons = {(refused.rewrite, refused.where): refused.reason for refused in compiled.report.refusals}
-            name, where = lost[0]
-            reason = reasons.get(lost[0], "it does not match any more")
-            raise NotEquivalentError(f"{name} at {where} does not hold for this checkpoint: {reason}")
+        decisions = self.decisions.closed()
+        compiled = compile_with(model, self.example, self.options, by=replace(self, decisions=decisions))
+        self._require_kept(compiled.report)
+        if decisions.undecided:
+            first = decisions.undecided[0]
+            raise NotEquivalentError(
+                f"{first.subject} at {first.where}: this checkpoint allows what the plan has not decided; "
+                "compile it afresh"
+            )
         return compiled
+
+    def _require_kept(self, report: Report) -> None:
+        """`NotEquivalentError` for the first rewrite of the plan that was not made."""
+        made = Counter((firing.rewrite, firing.where) for firing in report.rewrites)
+        lost = next(iter(Counter(self.firings) - made), None)
+        if lost is None:
+            return
+        said: list[Refused | Failure] = [*report.refusals, *report.failures]
+        reasons = {(each.rewrite, each.where): each.reason for each in said}
+        # what another rewrite did there, or did not, may have taken the place of the match
+        reason = reasons.get(lost, "it does not match any more")
+        raise NotEquivalentError(f"{lost[0]} at {lost[1]} does not hold for this checkpoint: {reason}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, without any weights; `InputError` where it cannot be written."""
+        from rgc.plan_file import write_plan
+
+        write_plan(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, passes: Sequence[Any] = ()) -> Plan:
+        """Read what `save` wrote, for the ``model`` that it was made for, with weights of any kind.
+
+        passes: your own, where the plan names some: pass objects, or files and modules of passes. Raises `InputError`
+        for a damaged file, a model of other layers or shapes, and a pass that is not known.
+        """
+        from rgc.plan_file import read_plan
+
+        return read_plan(Path(path), model, passes)
 
 
 def compile(
@@ -149,6 +180,7 @@ def compile(
     verify: Level = "quick",
     strict: bool = False,
     limits: Limits | None = None,
+    data: Any = None,
 ) -> CompiledModule:
     """Merge what is linear in ``model`` and prove the result equal; the model itself is never changed.
 
@@ -163,6 +195,8 @@ def compile(
     verify: "quick" or "full", how many inputs are drawn for the proof.
     strict: stop at the first rewrite whose check fails, instead of undoing it.
     limits: how large a model, a kernel and a weight may be, and for how long rewrites are tried.
+    data: inputs of your own for the proof, beside those that it draws: in the form of the example, with any number of
+    samples along the first axis.
 
     Raises `InputError` for what cannot be used and `NotEquivalentError` where no equal result was reached.
 
@@ -180,7 +214,9 @@ def compile(
         raise InputError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     options = Options(passes, objective, target, dtype, require_level(verify), strict, limits or Limits())
     require_eval(model)
-    return compile_with(model, example_of(model, example_inputs), options)
+    example = example_of(model, example_inputs)
+    samples = () if data is None else samples_of(data, example, model)
+    return compile_with(model, example, options, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -218,354 +254,130 @@ def trace(
     example = example_of(model, example_inputs)
     dtype = floating_dtype(model, example)
     require_definite(model, example)
-    subject = _Subject.of(model, example.cast(dtype), dtype)
+    subject = Subject.of(model, example.cast(dtype), dtype)
     chosen, fixed = resolve(passes) if passes else ((), False)
     captured = capture(
         subject.proof_model, subject.proof_example, subject.expected, dtype,
-        fixed=fixed, tolerance=subject.tolerance, compile_child=_no_child,
+        fixed=fixed, tolerance=subject.tolerance, compile_child=no_child,
     )  # fmt: skip
-    _require_nodes(captured, limits)
+    require_nodes(captured, limits)
     policy = Policy(objective, target_named(target, dtype), limits=limits)
-    graph, record = _rewritten(subject, captured, chosen, policy)
+    graph, record = rewritten(subject, captured, chosen, policy)
     refusals = record.refused(graph)
     return Trace(graph, captured.tier, captured.notes, record.firings, refusals, captured.graph, record)
 
 
-def require_eval(model: nn.Module) -> None:
-    """Refuse a model with a submodule in training mode, by name."""
-    for name, module in model.named_modules():
-        if module.training:
-            which = f"submodule {name!r}" if name else "model"
-            raise InputError(f"the {which} ({type(module).__name__}) is in training mode; call model.eval() first")
+def compile_with(
+    model: nn.Module,
+    example: Example,
+    options: Options,
+    *,
+    samples: tuple[Sample, ...] = (),
+    by: Plan | None = None,
+) -> CompiledModule:
+    """`compile` with everything said: the model is in eval mode and the example is a call of it.
 
-
-def require_definite(model: nn.Module, example: Example) -> None:
-    """Refuse weights and examples on which no proof can stand: NaN and infinite weights by name, empty examples.
-
-    Infinite buffers may stay: a mask adds them where a softmax turns them into zeros.
+    by: the plan that decides what pays; without one, that is found out.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
-            continue  # without values, or of a kind that PyTorch cannot ask this
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        is_weight = isinstance(tensor, nn.Parameter)
-        bad = ~tensor.detach().isfinite() if is_weight else tensor.detach().isnan()
-        if bool(bad.any()):
-            what = "parameter" if is_weight else "buffer"
-            first = tensor.detach()[bad][0].item()
-            raise InputError(
-                f"the {what} {name!r} holds {first} ({int(bad.sum()):,} of {tensor.numel():,} elements): what computes "
-                "with that is equal to nothing, so no result could be proved; repair the weights first"
-            )
-    empty = next((tensor for tensor in example.tensors if not tensor.numel()), None)
-    if empty is not None:
-        size = "x".join(map(str, empty.shape))
-        raise InputError(f"the example has an input without elements ({size}), which proves nothing; give it a batch")
-
-
-def _require_nodes(captured: Capture, limits: Limits) -> None:
-    if len(captured.graph) > limits.nodes:
-        raise InputError(
-            f"the graph has {len(captured.graph):,} operations; at most {limits.nodes:,} are taken (--limit nodes=)"
-        )
-
-
-def example_of(model: nn.Module, given: Any) -> Example:
-    """The example call: what was given, or what the model itself suggests."""
-    if given is None:
-        suggest = getattr(model, "example_inputs", None)
-        if not callable(suggest):
-            raise InputError(
-                f"{type(model).__name__} suggests no example_inputs(); pass an example (--input 1x3x224x224)"
-            )
-        try:
-            given = suggest()
-        except Exception as error:  # it is the model's own code, which may raise anything
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            raise InputError(f"example_inputs() of {type(model).__name__} raised {reason}; pass an example") from error
-    if isinstance(given, Example):
-        return given
-    if isinstance(given, dict):
-        return Example((), given)
-    return Example(tuple(given) if isinstance(given, list | tuple) else (given,))
-
-
-def floating_dtype(model: nn.Module, example: Example) -> torch.dtype:
-    """The one floating-point dtype of the model's parameters (of the example, where it has none)."""
-    found = {t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-    if len(found) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise InputError(f"the model mixes the dtypes {names}; convert it to one first, e.g. model.float()")
-    if found:
-        return found.pop()
-    return next((t.dtype for t in example.tensors if t.is_floating_point()), torch.float32)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's parameters and buffers; the CPU where it has none."""
-    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-
-
-def compile_with(model: nn.Module, example: Example, options: Options) -> CompiledModule:
-    """`compile` with everything said: the model is in eval mode and the example is a call of it."""
     started = time.perf_counter()
-    passes, fixed = resolve(options.passes)
-    fixed = fixed if options.fixed_size is None else options.fixed_size
-    own_dtype = floating_dtype(model, example)
-    dtype = options.dtype or own_dtype
-    example = example.cast(own_dtype)
-    options.limits.require_size(model, type(model).__name__)
-    require_definite(model, example)
-    policy = Policy(
-        options.objective, target_named(options.target, dtype),
-        limits=options.limits, deadline=started + options.limits.seconds,
-    )  # fmt: skip
     with unchanged_generators():
-        subject = _Subject.of(model, example, own_dtype)
-        captured, attempt, children = _captured_and_proved(subject, passes, fixed, policy, dtype, options)
-    report = _report(subject, captured, attempt, children, policy, passes, started)
-    decisions = tuple((firing.rewrite, firing.where) for firing in attempt.record.firings)
-    plan = Plan(copy_model(model, share_parameters=True), example, options, decisions)
-    return CompiledModule.of(attempt.module, report, plan, example.cast(dtype))
+        task = Task.of(model, example, options)
+        policy = _policy(task, started, by)
+        traced, attempt = captured_and_proved(replace(task, samples=samples), policy)
+    report = _report(task.subject, traced, attempt, task.passes, started)
+    firings = tuple((firing.rewrite, firing.where) for firing in report.rewrites)
+    source = copy_model(model, share_parameters=True)
+    undone = (*(by.undone if by else ()), *attempt.undone)
+    plan = Plan(source, task.example, options, policy.target.name, firings, policy.decisions, undone)
+    compiled = CompiledModule.of(attempt.module, report, plan, task.example.cast(task.dtype))
+    if options.verify == "full":
+        bound = error_bound(compiled)
+        compiled.report = replace(report, bound=bound, seconds=time.perf_counter() - started)
+    return compiled
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """The model under compilation: as it is, and as the proof sees it (in float64 where it runs in float64).
-
-    ``is_read_only``: forward is known to leave the weights as they are, so it may run on those of the user's model.
-    """
-
-    model: nn.Module
-    device: torch.device
-    proof_model: nn.Module
-    proof_example: Example
-    expected: Any
-    in_float64: bool
-    is_read_only: bool
-    tolerance: float
-    notes: tuple[str, ...]
-
-    @staticmethod
-    def of(model: nn.Module, example: Example, dtype: torch.dtype) -> _Subject:
-        device = device_of(model)
-        on_cpu = example.to(torch.device("cpu"))
-        try:
-            wide = on_cpu.cast(torch.float64)
-            found = precise_form(model, wide)
-            return _Subject(model, device, found.model, wide, found.expected, True, found.shares, TOLERANCE, ())
-        # Forward is the user's own and may raise anything; what remains wrong is raised below, in the own dtype.
-        except Exception as error:
-            name = str(dtype).removeprefix("torch.")
-            note = f"the model does not run in float64 ({_first_line(error)}); proved in {name} instead"
-        try:
-            plain = copy_model(model).cpu().requires_grad_(False)
-            expected = on_cpu.run(copy_model(plain, share_parameters=True))
-        except Exception as error:
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in example.tensors)
-            raise InputError(
-                f"{type(model).__name__} does not run on an input of {shapes}: {_first_line(error)}"
-            ) from error
-        return _Subject(model, device, plain, on_cpu, expected, False, False, 256 * torch.finfo(dtype).eps, (note,))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-@dataclass(frozen=True)
-class _Child:
-    """A part that was compiled in place of a model that cannot be traced as a whole."""
-
-    before: Graph
-    after: Graph
-    record: Record
-    fixed_size: bool
-
-
-def _captured_and_proved(
-    subject: _Subject, passes: Sequence[Pass], fixed: bool, policy: Policy, dtype: torch.dtype, options: Options
-) -> tuple[Capture, _Attempt, dict[str, _Child]]:
-    """The first tier whose result is equal; the last keeps the model as it is."""
-    children: dict[str, _Child] = {}
-    tiers: Sequence[str] = TIERS
-    notes: tuple[str, ...] = ()
-
-    def compile_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
-        if not tiers:
-            raise NotEquivalentError("no part may be compiled")
-        children[path], module = _child(child, call, passes, fixed, policy, dtype, subject.tolerance)
-        return module, children[path].fixed_size
-
-    while True:
-        captured = capture(
-            subject.proof_model, subject.proof_example, subject.expected, dtype,
-            fixed=fixed, compile_child=compile_child, tolerance=subject.tolerance, tiers=tiers,
-        )  # fmt: skip
-        _require_nodes(captured, options.limits)
-        captured = replace(captured, notes=notes + captured.notes)
-        try:
-            attempt = _prove(subject, captured, passes, policy, dtype, options)
-            return captured, attempt, {path: children[path] for path in captured.compiled}
-        except NotEquivalentError as error:
-            if options.strict or not tiers:
-                raise
-            notes = (*captured.notes, f"{captured.tier}: {error}")
-            tiers = TIERS[TIERS.index(captured.tier) + 1 :]
-
-
-def _holds_at_any_size(graph: Graph) -> bool:
-    return all(value.op.any_size for value in graph.nodes())
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A graph rewritten and emitted."""
-
-    graph: Graph
-    record: Record
-    module: fx.GraphModule
-    verification: Verification
-    failures: tuple[Failure, ...] = ()
-
-
-def _prove(
-    subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy, dtype: torch.dtype, options: Options
-) -> _Attempt:
-    """Rewrite and check the whole model; a rewrite that the check finds guilty is banned, reported, and left out."""
-    failures: list[Failure] = []
-    while True:
-        try:
-            attempt = _attempt(subject, captured, passes, policy, dtype, options)
-        except NotEquivalentError as error:
-            culprit = _culprit(subject, captured, passes, policy)
-            if culprit is None or options.strict or len(failures) >= MOST_CULPRITS:
-                where = f"{culprit.rewrite} at {culprit.where}: " if culprit else ""
-                raise NotEquivalentError(f"{where}the compiled model {error}; nothing is emitted") from error
-            failures.append(Failure(culprit.rewrite, culprit.where, f"the model {error}"))
-            policy = replace(policy, banned=policy.banned | {(culprit.rewrite, culprit.where)})
-            continue
-        if options.strict and attempt.record.failures:
-            first = attempt.record.failures[0]
-            raise NotEquivalentError(f"{first.rewrite} at {first.where}: {first.reason}")
-        return replace(attempt, failures=tuple(failures + attempt.record.failures))
-
-
-def _attempt(
-    subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy, dtype: torch.dtype, options: Options
-) -> _Attempt:
-    graph, record = _rewritten(subject, captured, passes, policy)
-    # All that runs here is a copy: forward may write to the model, or to what is kept of it in the result.
-    original, reference = runnable(subject.model, dtype, is_read_only=subject.is_read_only), None
-    if subject.in_float64:
-        reference = runnable_in_float64(subject.proof_model, subject.model, is_read_only=subject.is_read_only)
-    free = _holds_at_any_size(graph) and not captured.fixed_size
-    precise = emit(graph, None, copies=False) if subject.in_float64 else None
-    pair = Pair(original, precise or original, reference, precise, dtype, subject.device)
-    cases = pair.check_in_float64(
-        subject.proof_example, level=options.verify, free_sizes=free, expected=subject.expected
-    )  # fmt: skip
-    if precise is not None:
-        _release(precise)
-    narrow(graph, dtype)  # before the weights of the result exist, those in float64 go
-    module = emit(graph, dtype).to(subject.device)
-    if _is_channels_last(subject.model):
-        module = module.to(memory_format=torch.channels_last)
-    result = copy_model(module, share_parameters=True)
-    verification = Pair(original, result, reference, None, dtype, subject.device).check_deployed(cases)
-    return _Attempt(graph, record, module, verification)
-
-
-def _release(module: fx.GraphModule) -> None:
-    """Let go of the weights now: a `GraphModule` and its graph refer to each other, and so live on for a while."""
-    for part in module.modules():
-        part._parameters.clear()
-        part._buffers.clear()
-
-
-def _rewritten(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> tuple[Graph, Record]:
-    named = subject.proof_example.bind(subject.proof_model)
-
-    def same(graph: Graph) -> float:
-        given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, named)
-        with precisely(given):
-            error = output_difference(subject.expected, graph.evaluate(given))
-        if not error <= subject.tolerance:
-            raise NotEquivalentError(f"the model differs by {error:.1e} of its scale")
-        return error
-
-    return apply(copy_graph(captured.graph), passes, policy, same)
-
-
-def _culprit(subject: _Subject, captured: Capture, passes: Sequence[Pass], policy: Policy) -> Firing | None:
-    """The first firing after which the model is wrong in float64, by bisection; None if it is right after all."""
-
-    def error_after(count: int) -> tuple[float, list[Firing]]:
-        graph, record = _rewritten(subject, captured, passes, replace(policy, limit=count))
-        module = emit(graph, None, copies=False)
-        difference = output_difference(subject.expected, subject.proof_example.run(module))
-        _release(module)
-        return difference, record.firings
-
-    _, record = _rewritten(subject, captured, passes, policy)
-    good, bad = 0, len(record.firings)
-    if bad == 0 or error_after(bad)[0] <= subject.tolerance or error_after(good)[0] > subject.tolerance:
-        return None  # with no rewrite at all it is wrong too: then none of them is guilty
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if error_after(middle)[0] <= subject.tolerance else (good, middle)
-    return error_after(bad)[1][-1]
-
-
-def _child(
-    child: nn.Module, call: Example, passes: Sequence[Pass], fixed: bool, policy: Policy, dtype: torch.dtype,
-    tolerance: float,
-) -> tuple[_Child, nn.Module]:  # fmt: skip
-    """A traceable part of a model that is not traceable as a whole, compiled in the dtype of the proof."""
-
-    def difference(found: Any) -> float:
-        error = output_difference(expected, found)
-        if not error <= tolerance:
-            raise NotEquivalentError(f"the part differs by {error:.1e} of its scale")
-        return error
-
-    def same(graph: Graph) -> float:
-        with precisely(call.tensors):
-            return difference(graph.evaluate(call.cloned().bind(child)))
-
-    expected = call.run(copy_model(child, share_parameters=True))
-    captured = capture(
-        child, call, expected, dtype, fixed=fixed, compile_child=_no_child, tolerance=tolerance, tiers=TIERS[:1]
+def _policy(task: Task, started: float, by: Plan | None = None) -> Policy:
+    """What the options, or the plan, say about what pays, and what they ban."""
+    options = task.options
+    return Policy(
+        options.objective,
+        target_named(options.target, task.dtype) if by is None else replace(CPU, name=by.target),
+        banned=frozenset(by.undone if by else ()),
+        limits=options.limits,
+        deadline=started + options.limits.seconds,
+        decisions=by.decisions if by else Decisions(),
     )
-    if captured.tier == "submodules":
-        raise NotEquivalentError(captured.notes[0])
-    if captured.fixed_size and not fixed:
-        raise NotEquivalentError("what it does depends on the size of its input, which the rest may change")
-    graph, record = apply(copy_graph(captured.graph), passes, policy, same)
-    module = emit(graph, None)
-    difference(call.run(module))
-    return _Child(captured.graph, graph, record, captured.fixed_size or not _holds_at_any_size(graph)), module
 
 
-def _no_child(path: str, child: nn.Module, call: Example) -> tuple[nn.Module, bool]:
-    raise NotEquivalentError("not traced as a whole")
+def error_bound(compiled: CompiledModule, example_inputs: Any = None) -> ErrorBound | None:
+    """How far rounding can take ``compiled`` from its original, for any order of summation, and how far it does.
+
+    On ``example_inputs``, by default those it was compiled for; None where the original does not run in float64, so
+    that nothing tells rounding from anything else. Method and assumptions: `rgc.rounding`. Raises `NotEquivalentError`
+    where more than rounding is found.
+
+    >>> import torch, rgc
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+    >>> bound = rgc.error_bound(rgc.compile(model, torch.randn(1, 8)))
+    >>> bound.outputs[0].measured <= bound.outputs[0].bound < 1e-4
+    True
+    """
+    difference = compiled.report.max_error
+    if difference is None:
+        return None
+    given = compiled.example if example_inputs is None else example_of(compiled, example_inputs)
+    example = given.cast(floating_dtype(compiled, given))
+    with unchanged_generators():
+        precise = precise_form(compiled.plan.source, example.to(torch.device("cpu")).cast(torch.float64))
+        return bound_errors(compiled, example.to(device_of(compiled)), precise.expected, difference)
 
 
-def _is_channels_last(model: nn.Module) -> bool:
-    kernels = [p for p in model.parameters() if p.dim() == 4]
-    return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
+def bisect(
+    model: nn.Module,
+    example_inputs: Any,
+    data: Any,
+    *,
+    passes: str | Sequence[Any] = "default",
+    objective: Objective = "latency",
+    target: str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: Level = "quick",
+    limits: Limits | None = None,
+) -> Attribution:
+    """Name the rewrite with which the compiled model begins to differ from ``model`` on your own ``data``, if it does.
+
+    The model is compiled as by `compile`, whose arguments these are, without the data; then the result is held against
+    the original on each sample of them. Raises what `compile` raises.
+
+    >>> import torch, rgc
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    >>> str(rgc.bisect(model, torch.randn(1, 3, 16, 16), torch.randn(20, 3, 16, 16)))
+    'equal on all 20 samples'
+    """
+    started = time.perf_counter()
+    options = Options(passes, objective, target, dtype, require_level(verify), False, limits or Limits())
+    require_eval(model)
+    example = example_of(model, example_inputs)
+    samples = samples_of(data, example, model)
+    with unchanged_generators():
+        task = Task.of(model, example, options)
+        policy = _policy(task, started)
+        traced, attempt = captured_and_proved(task, policy)
+        count, undone = len(traced.firings(attempt.record)), tuple(attempt.failures)
+        del attempt
+        found = Attribution(True, samples[-1].last + 1, traced.capture.tier, count, undone=undone)
+        error = fault(task, traced, count, samples)
+        return found if error is None else attributed(task, traced, found, samples, error)
 
 
-def _report(
-    subject: _Subject, captured: Capture, attempt: _Attempt, children: dict[str, _Child], policy: Policy,
-    passes: Sequence[Pass], started: float,
-) -> Report:  # fmt: skip
+def _report(subject: Subject, traced: Traced, attempt: Attempt, passes: Sequence[Pass], started: float) -> Report:
+    captured, policy = traced.capture, traced.policy
+    children = {path: traced.children[path] for path in captured.compiled}
     before = [captured.graph, *(child.before for child in children.values())]
     after = [attempt.graph, *(child.after for child in children.values())]
     is_cut = attempt.record.cut_short or any(child.record.cut_short for child in children.values())
     record = Record(list(attempt.record.firings), list(attempt.failures), cut_short=is_cut)
-    refusals = attempt.record.refused(attempt.graph)
+    refusals = [*attempt.refused, *attempt.record.refused(attempt.graph)]
     for path, child in children.items():
         record.firings += [replace(each, where=f"{path}.{each.where}") for each in child.record.firings]
         record.failures += [replace(each, where=f"{path}.{each.where}") for each in child.record.failures]
@@ -587,7 +399,7 @@ def _report(
         params_after=_elements(attempt.module),
         macs_before=sum(macs(value) for graph in before for value in graph.nodes()),
         macs_after=sum(macs(value) for graph in after for value in graph.nodes()),
-        fixed_size=captured.fixed_size or not _holds_at_any_size(attempt.graph),
+        fixed_size=captured.fixed_size or not holds_at_any_size(attempt.graph),
         verification=attempt.verification,
         notes=[*subject.notes, *captured.notes, *_cut_short(record, policy, started)],
         seconds=time.perf_counter() - started,

@@ -1,10 +1,10 @@
 """What does an operator cost? Parameters, multiply-accumulates, and a roofline estimate of its time on a target.
 
 t = t0 + max(2 MAC / (eta peak), bytes / bandwidth). eta, the efficiency, belongs to a class of kernels (size, stride,
-groups) and depends on the channels and positions: it is interpolated between points that were measured, and never
-taken from outside of them or from another size of kernel without saying so. What runs around a convolution (a bias map,
-uneven padding) and what is no convolution costs passes over memory. The figures come from `rgc calibrate`; without it,
-from conservative ones for one machine of each kind, which are not measurements of yours.
+groups, alignment of the channels) and depends on the channels and positions: it is interpolated between points that
+were measured, and never taken from outside of them or from another size of kernel without saying so. What runs around a
+convolution (a bias map, uneven padding) and what is no convolution costs passes over memory. The figures come from
+`rgc calibrate`; without it, from conservative ones for one machine of each kind, which are not measurements of yours.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ OBJECTIVES: tuple[Objective, ...] = ("latency", "depth", "macs", "params")
 #: A product with a matrix of a few columns takes as long as one with so many sums, of rows so long: measured on a CPU
 #: for 3 sums of 7 to 56 elements.
 _LEAST_SUMS, _LEAST_LENGTH = 4, 64
+
+#: Kernels compute so many input channels at a time. Those of a number that this does not divide, as where a channel of
+#: ones is added, are a class of their own; where it was not measured, they reach this part of the rate of the others:
+#: onnxruntime took twice as long for 17 and 33 channels as for 16 and 32 (3x3 at 14 to 56, AVX-512).
+VECTOR, _OF_UNALIGNED = 4, 0.5
 
 #: How many measured points an efficiency is interpolated from, and how fast their weight falls with the distance.
 NEAREST, FALLOFF = 8, 3.0
@@ -171,13 +176,16 @@ class Target:
     def _efficiency(self, value: Value) -> tuple[float, bool]:
         """The efficiency, and whether it was measured for such a kernel and size.
 
-        An unknown stride is that of stride 1; an unknown kernel is as slow as the slowest known one of its kind.
+        An unknown stride is that of stride 1; an unknown kernel is as slow as the slowest known one of its kind, and an
+        unaligned one that is unknown is slower than the aligned one.
         """
         return self._efficiency_at(Kernel.of(value), layer_size(value))
 
     def _efficiency_at(self, kernel: Kernel, size: LayerSize) -> tuple[float, bool]:
         if kernel.name in self.efficiency:
             return self.efficiency[kernel.name].at(size)
+        if kernel.unaligned:
+            return _OF_UNALIGNED * self._efficiency_at(replace(kernel, unaligned=False), size)[0], False
         without_stride = Kernel(kernel.extent, 1, kernel.kind, kernel.dilated)
         if without_stride.name in self.efficiency:
             return self.efficiency[without_stride.name].at(size)[0], False
@@ -193,6 +201,7 @@ class Kernel:
     stride: int
     kind: str
     dilated: bool = False
+    unaligned: bool = False
 
     @staticmethod
     def of(value: Value) -> Kernel:
@@ -206,13 +215,15 @@ class Kernel:
         kind = "transposed" if op.transposed else "dense" if op.groups == 1 else "grouped"
         if op.groups == op.in_channels and op.groups > 1 and not op.transposed:
             kind = "depthwise"
-        return Kernel(_extent(op.kernel), max(op.stride), kind, dilated=max(op.dilation) > 1)
+        reads = _channels_read(op)
+        unaligned = kind == "dense" and reads >= 2 * VECTOR and reads % VECTOR > 0  # few channels are not vectorised
+        return Kernel(_extent(op.kernel), max(op.stride), kind, dilated=max(op.dilation) > 1, unaligned=unaligned)
 
     @property
     def name(self) -> str:
         """``3x3/2 depthwise``."""
         stride = "" if self.stride == 1 else f"/{self.stride}"
-        return f"{self.extent}{'d' * self.dilated}{stride} {self.kind}".strip()
+        return f"{self.extent}{'d' * self.dilated}{stride}{' unaligned' * self.unaligned} {self.kind}".strip()
 
 
 def _extent(window: tuple[int, ...]) -> str:
@@ -226,8 +237,13 @@ def layer_size(value: Value) -> LayerSize:
         channels = value.tensor_type.shape[-1 - op.spatial]
         return 1.0, 1.0, float(channels), elements / channels
     assert isinstance(op, Conv)
-    reads = op.in_channels * (math.prod(op.kernel) if op.reads_whole_map else 1)
+    reads = _channels_read(op) * (math.prod(op.kernel) if op.reads_whole_map else 1)
     return reads / op.groups, op.out_channels / op.groups, float(op.groups), elements / op.out_channels
+
+
+def _channels_read(conv: Conv) -> int:
+    """The input channels, and the channel of ones if there is one."""
+    return conv.in_channels + (conv.ones is not None)
 
 
 def work(value: Value) -> int:
@@ -298,13 +314,15 @@ def macs(value: Value) -> int:
     if not isinstance(value.op, Conv):
         return 0
     counted = value.inputs[0] if value.op.transposed else value
-    return math.prod(counted.tensor_type.shape) * math.prod(value.op.shape[1:])
+    found = math.prod(counted.tensor_type.shape) * math.prod(value.op.shape[1:])
+    return found if value.op.ones is None else found // value.op.in_channels * _channels_read(value.op)
 
 
 def parameters(value: Value) -> int:
     """Elements of the operator's parameters; the statistics of a batch norm are no parameters."""
     if isinstance(value.op, Conv):  # without computing a deferred weight
-        return math.prod(value.op.shape) + (0 if value.op.bias is None else value.op.bias.numel())
+        ones = 0 if value.op.ones is None else value.op.ones.numel()
+        return math.prod(value.op.shape) + ones + _bias_elements(value.op)
     if isinstance(value.op, BatchNorm):
         return sum(tensor.numel() for tensor in (value.op.weight, value.op.bias) if tensor is not None)
     return 0 if isinstance(value.op, Input) else sum(tensor.numel() for tensor in value.op.tensors())
@@ -348,8 +366,11 @@ def _products_of_sums(value: Value) -> list[tuple[int, int, int]]:
 
 
 def _bytes_of_bias(value: Value) -> float:
-    bias = value.op.bias if isinstance(value.op, Conv) else None
-    return 0.0 if bias is None else float(bias.numel() * value.tensor_type.dtype.itemsize)
+    return float(_bias_elements(value.op) * value.tensor_type.dtype.itemsize) if isinstance(value.op, Conv) else 0.0
+
+
+def _bias_elements(conv: Conv) -> int:
+    return 0 if conv.bias_shape is None else math.prod(conv.bias_shape)
 
 
 def _bytes_moved(value: Value) -> float:

@@ -40,8 +40,12 @@ from rgc.operators import (
     Upsample,
     completes,
 )
+from rgc.precision import dtype_in
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample, slices
 from rgc.tail import AxisSums
+
+#: So many bits of a channel's largest weight are enough for its share in what the next layer adds up.
+KEPT_BITS = 8
 
 
 def emit(graph: Graph, dtype: torch.dtype | None, *, copies: bool = True) -> fx.GraphModule:
@@ -79,6 +83,35 @@ def narrow(graph: Graph, dtype: torch.dtype) -> None:
             op = op.changed(weight=op.weight.to(dtype))
             for value in values:
                 value.op = op
+
+
+def losses(graph: Graph, dtype: torch.dtype) -> list[tuple[Value, str, bool]]:
+    """Layers whose parameters do not survive in ``dtype``: which, how, and whether they overflow (or else fade).
+
+    A number beyond the range of ``dtype`` becomes infinite. Where all that one output channel of a kernel multiplies by
+    is so small that ``dtype`` keeps fewer than about `KEPT_BITS` bits of it, that channel is another one.
+    """
+    info = torch.finfo(dtype)
+    name = str(dtype).removeprefix("torch.")
+    smallest = info.smallest_normal * info.eps * 2 ** (KEPT_BITS - 1)
+    found: list[tuple[Value, str, bool]] = []
+    for value in graph.nodes():
+        for tensor in value.op.tensors():
+            if not tensor.is_floating_point() or torch.finfo(tensor.dtype).max <= info.max or not tensor.numel():
+                continue
+            finite = tensor.detach().abs().nan_to_num(posinf=0.0)
+            largest = float(finite.max())
+            if largest > info.max:
+                found.append((value, f"{largest:.3g} is beyond the range of {name} (at most {info.max:.5g})", True))
+            elif isinstance(value.op, Conv) and tensor.dim() > 1 and not value.op.transposed:
+                rows = finite.flatten(1).amax(1)
+                faint = rows[(rows > 0) & (rows < smallest)]
+                if faint.numel():
+                    fewer = (
+                        f"{name} keeps fewer than {KEPT_BITS} bits of the weights of a channel ({float(faint[0]):.1e})"
+                    )
+                    found.append((value, fewer, False))
+    return found
 
 
 def operator_counts(graph: Graph) -> Counter[str]:
@@ -492,7 +525,7 @@ class _Emitter:
         return parent
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        dtype = tensor.dtype if self.dtype is None or not tensor.is_floating_point() else self.dtype
+        dtype = tensor.dtype if self.dtype is None else dtype_in(self.dtype, tensor)
         return tensor.detach().to(dtype, copy=self.copies).contiguous()
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter:

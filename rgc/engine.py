@@ -12,19 +12,24 @@ import time
 import traceback
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from rgc.algebra import Conv
 from rgc.cost import CPU, Objective, Target, cost, macs
+from rgc.decisions import ORDER, PARTS, UNDECIDED, Decisions, Question, barred, form_of
 from rgc.errors import GraphError, NotEquivalentError, Refusal, RgcError, require
 from rgc.ir import Graph, Operator, Origin, Value, is_value, topological
 from rgc.limits import Limits, human_bytes
 from rgc.partition import parts_that_pay
 from rgc.planner import Planner
-from rgc.precision import in_float64
+from rgc.precision import ReadOnly, in_float64
 from rgc.proof import check_firing
 from rgc.ranges import Interval, range_of
 from rgc.region import Region, affine_regions, join_at, partial_joins_at
@@ -39,7 +44,8 @@ MOST_FIRINGS_PER_NODE = 8
 class Policy:
     """What the engine may do: the objective and machine that decide what pays, what is banned, and how far to go.
 
-    ``deadline`` is a time of `time.perf_counter` after which nothing more is tried.
+    ``deadline`` is a time of `time.perf_counter` after which nothing more is tried. ``decisions`` keeps what was found
+    to pay; closed ones decide in the place of the objective and the machine.
     """
 
     objective: Objective = "latency"
@@ -48,7 +54,11 @@ class Policy:
     limit: int | None = None  # stop after so many firings
     limits: Limits = field(default_factory=Limits)
     deadline: float = math.inf
+    decisions: Decisions = field(default_factory=Decisions)
 
+
+#: What proves a firing, as `check_firing` does: old value, new value, sources; the error, or a `NotEquivalentError`.
+Proof = Callable[..., float]
 
 #: What two neighbours are joined with instead of each other, both sides with themselves.
 Segments = tuple[tuple[Value, ...], tuple[Value, ...]]
@@ -90,16 +100,24 @@ class Record:
 
 
 def apply(
-    graph: Graph, passes: Sequence[Pass], policy: Policy, same: Callable[[Graph], float] = lambda _: 0.0
+    graph: Graph,
+    passes: Sequence[Pass],
+    policy: Policy,
+    same: Callable[[Graph], float] = lambda _: 0.0,
+    proof: Proof | None = None,
 ) -> tuple[Graph, Record]:
-    """Run ``passes`` to their fixed point; ``same`` measures how far a graph pass has led from the original."""
+    """Run ``passes`` to their fixed point; ``same`` measures how far a graph pass has led from the original.
+
+    ``proof`` is asked of every firing of a rewrite instead of `check_firing`.
+    """
     record = Record()
     allowance = MOST_FIRINGS_PER_NODE * (len(graph) + 10)
     while True:
         before = len(record.firings)
         graph = _run_graph_passes(graph, [p for p in passes if isinstance(p, GraphPass)], policy, record, same)
         record.require_progress(allowance)
-        worker = _Worklist(graph, [p for p in passes if isinstance(p, Rewrite)], policy, record, allowance)
+        rewrites = [p for p in passes if isinstance(p, Rewrite)]
+        worker = _Worklist(graph, rewrites, policy, record, allowance, proof or check_firing)
         worker.run()
         if len(record.firings) == before or _exhausted(policy, record):
             return graph, record
@@ -117,10 +135,16 @@ def copy_graph(graph: Graph) -> Graph:
 
 class _Worklist:
     def __init__(
-        self, graph: Graph, rewrites: Sequence[Rewrite], policy: Policy, record: Record, allowance: int
+        self,
+        graph: Graph,
+        rewrites: Sequence[Rewrite],
+        policy: Policy,
+        record: Record,
+        allowance: int,
+        proof: Proof,
     ) -> None:
         self.graph, self.policy, self.record, self.allowance = graph, policy, record, allowance
-        self.rewrites = rewrites
+        self.rewrites, self.proof = rewrites, proof
         cases = [(rewrite, case) for rewrite in rewrites for case in rewrite.cases]
         self.local = [pair for pair in cases if not pair[1].matches_regions]
         self.regional = [pair for pair in cases if pair[1].matches_regions]
@@ -130,6 +154,7 @@ class _Worklist:
         self.uses = Counter(id(value.op) for value in nodes)
         self.pending = deque(map(weakref.ref, nodes))  # what has been replaced meanwhile need not live on
         self.waiting = set(nodes)
+        self.made: set[Value] = set()  # by rewrites, and not come to since
         self.copying: OrderedDict[weakref.ref[Value], None] = OrderedDict()  # where a match holds what others use too
         self.planner = planner_of(rewrites, policy)
 
@@ -141,9 +166,14 @@ class _Worklist:
         while not _exhausted(self.policy, self.record):
             if self.pending:
                 value = self.pending.popleft()()
-                if value is not None and value in self.graph:
-                    self.waiting.discard(value)
-                    self._visit(value, may_copy=False)
+                if value is None or value not in self.graph:
+                    continue
+                self.made.discard(value)
+                if self.made.intersection(value.inputs):  # after them: of a long chain neighbours merge in pairs,
+                    self.pending.append(weakref.ref(value))  # these again in pairs, and so most merges are small
+                    continue
+                self.waiting.discard(value)
+                self._visit(value, may_copy=False)
             elif self.copying:
                 value = self.copying.popitem(last=False)[0]()
                 if value is not None and value in self.graph:
@@ -182,11 +212,25 @@ class _Worklist:
         """The parts that the plan names, last to first, for each begins where the one before ends."""
         inside = set(region.values)
         needed = {v for v in region.values if v in outputs or any(u not in inside for u in self.graph.users(v))}
-        parts = parts_that_pay(region, self._price_of, self._price, needed)
+        parts = self._parts(region, needed)
         fired = False
         for part in reversed(parts or [region]):  # without parts, the region itself is tried, and says why not
             fired = self._rewrite_part(part) or fired
         return fired
+
+    def _parts(self, region: Region, needed: Collection[Value]) -> list[Region]:
+        """The parts of ``region`` to be replaced, first to last, as the cost model cuts it or as was decided."""
+        number = {region.source: -1, **{value: index for index, value in enumerate(region.values)}}
+        kept = (str(number[value]) for value in region.values if value in needed)
+
+        def weigh() -> str:
+            found = parts_that_pay(region, self._price_of, self._price, needed)
+            return " ".join(f"{number[part.source]}:{number[part.sink]}" for part in found)
+
+        form = form_of([region.source], region.values, more=[*kept, *self._barred])
+        answer = self.policy.decisions.answer(Question(PARTS, region.sink.where, form), weigh) or ""
+        ends = (tuple(map(int, part.split(":"))) for part in answer.split())
+        return [region.between(first, last) for first, last in ends]
 
     def _rewrite_part(self, part: Region) -> bool:
         for rewrite, case in self._by_price(part):
@@ -204,7 +248,19 @@ class _Worklist:
             found = self._price_by(part, *pair)
             return math.inf if found is None else found
 
-        return sorted(self.of_parts, key=price)
+        def weigh() -> str:
+            order = sorted(range(len(self.of_parts)), key=lambda index: price(self.of_parts[index]))
+            return " ".join(map(str, order))
+
+        form = form_of([part.source], part.values, more=self._barred)
+        answer = self.policy.decisions.answer(Question(ORDER, part.sink.where, form), weigh) or ""
+        return [self.of_parts[int(index)] for index in answer.split()]
+
+    @property
+    def _barred(self) -> Iterator[str]:
+        """What may not be tried, as a part of the form of a question: what is found to pay depends on it."""
+        broken = ((name, "model" if value is None else value.where) for name, value in self.record.broken)
+        return barred({*self.policy.banned, *broken})
 
     def _price_of(self, part: Region) -> float | None:
         """What the cheapest rewrite of ``part`` would cost; None where none takes it."""
@@ -263,13 +319,13 @@ class _Worklist:
         added = topological([new], known=self.graph.__contains__)
         dying = _dying(self.graph, match)
         _require_within(self.policy.limits, match.interior, added)
-        if not case.weighed:
+        if case.weighed:
+            self._require_worth(rewrite, case, match, dying, added)
+        else:
             _require_no_copies(match, dying)
-        elif not self._is_planned(case, match):
-            self._require_gain(dying, added, match)
         sources = [value for value in match.values.values() if value not in match.interior]
         ranges = {value: range_of(value) for value in sources} if case.relies_on_range else {}
-        error = check_firing(match.target, replacement, sources, ranges=ranges)
+        error = self.proof(match.target, replacement, sources, ranges=ranges)
         origin = _merged_origin(match)
         self._replace(match, new, added, origin)
         labels = tuple(value.op.label for value in added)
@@ -279,11 +335,21 @@ class _Worklist:
         more = sum(map(macs, added)) - sum(map(macs, dying))
         self.record.firings.append(Firing(rewrite.name, root.where, kind, error, labels, origin.paths, condition, more))
 
-    def _require_gain(self, dying: list[Value], added: list[Value], match: Match) -> None:
+    def _require_worth(
+        self, rewrite: Rewrite, case: Case, match: Match, dying: list[Value], added: list[Value]
+    ) -> None:
+        """Refuse what does not pay, as the plan of its chain or the gain decides, or as was decided before."""
         kept = next((value for value in match.interior if value not in dying), None)
         if self.policy.objective == "params":  # those of an operator that other values share stay
             dying, added = self._freed(dying), list({id(value.op): value for value in added}.values())
-        require_gain(self.policy, dying, added, kept)
+
+        def weigh() -> None:
+            if not self._is_planned(case, match):
+                require_gain(self.policy, dying, added, kept)
+
+        chain = self.planner.form_around(self.graph, *match.interior[::-1]) if case.is_pair else ""
+        form = form_of(dying, added, [] if kept is None else [kept], more=[chain])
+        _require_decided(self.policy.decisions, Question(rewrite.name, match.root.where, form), weigh)
 
     def _is_planned(self, case: Case, match: Match) -> bool:
         """Does the plan of a longer chain join the two? Without a plan the gain decides; against a plan, a refusal."""
@@ -318,12 +384,14 @@ class _Worklist:
             if value in self.graph and value not in self.waiting:
                 self.waiting.add(value)
                 self.pending.append(weakref.ref(value))
+        self.made.update(value for value in added if value in self.waiting)
 
     def _forget(self, gone: list[Value]) -> None:
         """Let go of values that the graph holds no more, and of their weights with them."""
         for value in gone:
             self.order.pop(value, None)
             self.waiting.discard(value)
+            self.made.discard(value)
             for rewrite in self.rewrites:
                 self.record.refusals.pop((rewrite.name, value), None)
             self.uses[id(value.op)] -= 1
@@ -383,7 +451,7 @@ def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
     """What ``rewrite`` makes of a match; raises its `Refusal`, and a `GraphError` where it breaks its contract."""
     operators = {name: observed(op) for name, op in match.operators.items()}
     try:
-        with in_float64():
+        with in_float64(), _unwritten(match.operators.values()):
             new = case.build(**match.values, **operators)
     except RgcError:
         raise
@@ -402,6 +470,16 @@ def build(rewrite: Rewrite, case: Case, match: Match) -> Value:
     return new
 
 
+def _unwritten(operators: Iterable[Operator]) -> AbstractContextManager[Any]:
+    """A context in which weights stay as they are: in float64 nothing else keeps a pass from writing to them.
+
+    Those of a lower precision are widened where they are used, and `in_float64` raises where a copy is written to.
+    """
+    tensors = [each for op in operators for each in vars(op).values() if isinstance(each, Tensor)]
+    precise = [each for each in tensors if each.dtype == torch.float64 and not each.is_meta]
+    return ReadOnly(precise) if precise else nullcontext()
+
+
 def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: Value | None) -> None:
     """Refuse to put ``added`` in the place of ``dying`` where that does not pay; ``kept`` is matched but needed."""
     objective, target = policy.objective, policy.target
@@ -416,6 +494,21 @@ def require_gain(policy: Policy, dying: list[Value], added: list[Value], kept: V
         raise Refusal(f"estimated slower on {target.name}: {slow} ms instead of {fast} ms")
     unit = {"depth": "layers", "macs": "multiply-accumulates", "params": "parameters"}[objective]
     raise Refusal(f"costs more: {after:,.6g} instead of {before:,.6g} {unit}")
+
+
+def _require_decided(decisions: Decisions, question: Question, weigh: Callable[[], None]) -> None:
+    """Refuse what ``weigh`` refuses, or what was refused when it was decided."""
+
+    def reason() -> str:
+        try:
+            weigh()
+        except Refusal as refusal:
+            return refusal.reason
+        return ""
+
+    decided = decisions.answer(question, reason)
+    require(decided is not None, UNDECIDED)
+    require(not decided, decided or "")
 
 
 def _require_no_loss(target: Target, dying: list[Value], added: list[Value]) -> None:
@@ -545,6 +638,7 @@ def _run_graph_passes(
             changed = _changed_by(each, graph)
             if _state(changed) == before:
                 continue
+            added = _require_worth_of(each, policy, [value for value, _, _ in before[0]], changed.nodes())
             error = _checked(changed, same)
         except Refusal as refusal:
             record.refusals[(each.name, None)] = refusal.reason
@@ -553,12 +647,27 @@ def _run_graph_passes(
             record.fail(each.name, None, str(failure))
             graph = backup
         else:
-            summary = f"{len(backup)} -> {len(changed)} values"
-            remaining = _paths(changed)
-            lost = tuple(path for path in _paths(backup) if path not in remaining)
-            record.firings.append(Firing(each.name, "model", "exact", error, (summary,), lost))
+            result = f"{len(backup)} -> {len(changed)} values", *(value.op.label for value in added)
+            record.firings.append(Firing(each.name, "model", "exact", error, result, _touched(backup, changed, added)))
             graph = changed
     return graph
+
+
+def _require_worth_of(each: GraphPass, policy: Policy, before: list[Value], after: list[Value]) -> list[Value]:
+    """The operators that are new in a changed graph; a `Refusal` where the change does not pay."""
+    old, new = set(before), set(after)
+    dying, added = [value for value in before if value not in new], [value for value in after if value not in old]
+    question = Question(each.name, "model", form_of(dying, added))
+    _require_decided(policy.decisions, question, lambda: require_gain(policy, dying, added, None))
+    known = {id(value.op) for value in dying}
+    return [value for value in added if id(value.op) not in known]
+
+
+def _touched(before: Graph, after: Graph, added: list[Value]) -> tuple[str, ...]:
+    """The paths that are gone, and those of the operators that are new."""
+    remaining = _paths(after)
+    lost = (path for path in _paths(before) if path not in remaining)
+    return tuple(dict.fromkeys([*lost, *(path for value in added for path in value.origin.paths)]))
 
 
 def _paths(graph: Graph) -> dict[str, None]:
@@ -567,7 +676,7 @@ def _paths(graph: Graph) -> dict[str, None]:
 
 def _changed_by(each: GraphPass, graph: Graph) -> Graph:
     try:
-        with in_float64():
+        with in_float64(), _unwritten(value.op for value in graph.nodes()):
             changed = each.run(graph)
     except RgcError:
         raise
@@ -605,5 +714,6 @@ def _exhausted(policy: Policy, record: Record) -> bool:
 
 
 __all__ = [
-    "Policy", "Record", "Segments", "apply", "build", "copy_graph", "joined_by_plan", "planner_of", "require_gain",
+    "Policy", "Proof", "Record", "Segments", "apply", "build", "copy_graph", "joined_by_plan", "planner_of",
+    "require_gain",
 ]  # fmt: skip

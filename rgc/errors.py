@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class RgcError(Exception):
     """Base of every error that rgc raises on purpose."""
@@ -20,7 +22,17 @@ class GraphError(RgcError):
 
 
 class NotEquivalentError(RgcError):
-    """A result differs from its original; it is never emitted: exit status 1."""
+    """A result differs from its original; it is never emitted: exit status 1.
+
+    ``difference``, of which ``allowed`` would be rounding, relative to the output's scale, in the dtype ``precision``;
+    ``sample`` names the part of a user's data on which it shows. Where nothing was measured they keep their defaults.
+    """
+
+    def __init__(
+        self, message: str, *, difference: float = math.inf, allowed: float = 0.0, precision: str = "", sample: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.difference, self.allowed, self.precision, self.sample = difference, allowed, precision, sample
 
 
 class Refusal(RgcError):  # noqa: N818 - a value as much as an error

@@ -9,14 +9,14 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.errors import InputError, TraceError
-from rgc.precision import LOW, ReadOnlyModel, precisely
+from rgc.precision import LOW, ReadOnlyModel, dtype_in, precisely
 from rgc.proof import relative_difference
 
 #: Two runs of one model in float64 differ by no more than this: there is no order of summation but one to choose from.
@@ -231,7 +231,10 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False, dtype: torch
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
     copied = _copied(model, memo, dtype)
-    return copied if dtype is None else copied.to(dtype)
+    if dtype is None:
+        return copied
+    # nn.Module.to casts complex parameters as well, to a dtype without imaginary parts.
+    return cast(nn.Module, copied._apply(lambda tensor: tensor.to(dtype_in(dtype, tensor))))  # type: ignore[no-untyped-call]
 
 
 def same_memory(model: nn.Module) -> nn.Module:
@@ -248,7 +251,7 @@ def _copied(model: nn.Module, memo: dict[int, Any], dtype: torch.dtype | None) -
     for module in model.modules():
         for leaf in tree_flatten([value for name, value in vars(module).items() if not name.startswith("_")])[0]:
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                wanted = leaf.dtype if dtype is None or not leaf.is_floating_point() else dtype
+                wanted = leaf.dtype if dtype is None else dtype_in(dtype, leaf)
                 memo.setdefault(id(leaf), leaf.detach().to(wanted, copy=True))
     return copy.deepcopy(model, memo)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rgc.compiler import example_of, floating_dtype, trace
+from rgc.compiler import trace
 from rgc.cost import Objective, target_named
 from rgc.engine import Policy
 from rgc.errors import InputError
@@ -20,6 +20,7 @@ from rgc.gaps import Story, described, gaps_at, short_name
 from rgc.ir import Graph, Value
 from rgc.neighbours import between, blend_at, branches, is_linear
 from rgc.passbook import resolve
+from rgc.subject import example_of, floating_dtype
 
 
 def explain(

@@ -31,32 +31,43 @@ from rgc.operators import (
     AvgPool,
     BatchNorm,
     ChannelMean,
+    Clamp,
     Concat,
     Constant,
+    Flatten,
     Identity,
     MaxPool,
     Multiply,
     Normalize,
     Opaque,
     Structural,
+    Unflatten,
     Upsample,
 )
 from rgc.rearrange import Assign, BorderFill, Gather, Pad, PixelShuffle, PixelUnshuffle, Subsample
 from rgc.recipe import Recipe, reduced, script
 from rgc.recipe_steps import Chooser
+from rgc.tail import AxisSums
 
 #: What tracing makes of a model.
 VOCABULARY: tuple[type[Operator], ...] = (
-    Activation, AdaptiveMaxPool, Add, Assign, AvgPool, BatchNorm, BorderFill, ChannelMean, Concat, Constant, Conv,
-    Gather, Identity, MaxPool, Multiply, Normalize, Opaque, Pad, PixelShuffle, PixelUnshuffle, Scale, Structural,
+    Activation, AdaptiveMaxPool, Add, Assign, AvgPool, BatchNorm, BorderFill, ChannelMean, Clamp, Concat, Constant,
+    Conv, Gather, Identity, MaxPool, Multiply, Normalize, Opaque, Pad, PixelShuffle, PixelUnshuffle, Scale, Structural,
     Subsample, Upsample,
 )  # fmt: skip
+
+#: What only a rewrite makes: the flattened form of a matrix, and sums along the axes before a linear tail.
+MADE: tuple[type[Operator], ...] = (AxisSums, Flatten, Unflatten)
 
 #: The largest difference in float64, relative to the largest output.
 TOLERANCE = 1e-9
 
-#: In float32 the compiled model may be so many times as far from float64 as the original at its worst, plus so much.
-NOISE_MULTIPLE, NOISE_FLOOR = 32.0, 1e-5
+#: In the deployed dtype the compiled model may be so many times as far from float64 as the original at its worst, plus
+#: so many units in the last place.
+NOISE_MULTIPLE, NOISE_FLOOR = 32.0, 64.0
+
+#: Of the models that are drawn: in float64 nothing hides behind rounding, in half precision weights are rounded most.
+DTYPES = (torch.float64, torch.float32, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 OBJECTIVES = ("latency", "depth", "macs", "params")
 
@@ -69,22 +80,28 @@ BATCHES, WIDER = (1, 3), (1, 3, -1)
 
 @dataclass(frozen=True)
 class Setting:
-    """How a random model is compiled: arguments of ``rgc.compile``, and the dtype of the model."""
+    """How a random model is compiled: arguments of ``rgc.compile``, the dtype of the model, and how it is called."""
 
     passes: Any = "default"
     objective: str = "latency"
     strict: bool = False
-    double: bool = True
+    dtype: torch.dtype = torch.float64
+    by_name: bool = False  # its inputs are keyword arguments
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model."""
-        return torch.float64 if self.double else torch.float32
+    def is_double(self) -> bool:
+        """Is the model in float64, where it may not differ at all?"""
+        return self.dtype == torch.float64
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of ``rgc.compile``."""
         return {"passes": self.passes, "objective": self.objective, "strict": self.strict}
+
+    def example(self, recipe: Recipe) -> Any:
+        """The example that ``rgc.compile`` is given."""
+        inputs = recipe.call(self.dtype)
+        return {name: x for (name, _), x in zip(recipe.inputs, inputs, strict=True)} if self.by_name else inputs
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,9 @@ class Fault:
     @property
     def script(self) -> str:
         """A Python program that shows it."""
-        return script(self.recipe, self.setting.options, self.setting.dtype, f"{self.kind}: {self.reason}")
+        reason = f"{self.kind}: {self.reason}"
+        setting = self.setting
+        return script(self.recipe, setting.options, setting.dtype, reason, by_name=setting.by_name)
 
 
 @dataclass
@@ -111,6 +130,7 @@ class Tally:
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     unusable: int = 0  # what eager PyTorch does not run either
     tiers: Counter[str] = field(default_factory=Counter)
+    dtypes: Counter[str] = field(default_factory=Counter)  # of the models that were equal
     operators: Counter[str] = field(default_factory=Counter)  # models in which each operator occurs
     firings: Counter[str] = field(default_factory=Counter)
     comparisons: int = 0
@@ -133,6 +153,7 @@ class Tally:
             f"{self.examples} models: {self.equal} equal, {self.refused.total()} refused, {self.unusable} unusable, "
             f"{len(self.faults)} faults; {self.comparisons} comparisons in float64",
             f"traced by {_counted(self.tiers)}",
+            f"dtypes {_counted(self.dtypes)}",
             f"operators, by models: {_counted(self.operators)}",
             f"firings, by rewrite: {_counted(self.firings)}",
             f"operators that did not occur: {', '.join(self.undrawn) or 'none'}",
@@ -142,11 +163,12 @@ class Tally:
 
 
 def run(
-    examples: int, *, seed: int, most_steps: int, passes: Sequence[Any] | None, progress: Callable[[Tally], None]
-) -> Tally:
+    examples: int, *, seed: int, first: int, most_steps: int, passes: Sequence[Any] | None,
+    progress: Callable[[Tally], None],
+) -> Tally:  # fmt: skip
     """`rgc.testing.fuzz`; ``progress`` is called after each model."""
     tally = Tally()
-    for index in range(examples):
+    for index in range(first, first + examples):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PyTorch says of a model that nobody would write
             recipe, setting = drawn(seed, index, most_steps, passes)
@@ -164,7 +186,7 @@ def drawn(seed: int, index: int, most_steps: int = 10, passes: Sequence[Any] | N
     choose = Chooser(chance.randint)
     recipe = draw_recipe(choose, most_steps)
     chosen = choose.pick(pass_sets() if passes is None else passes)
-    return recipe, Setting(chosen, choose.pick(OBJECTIVES), choose.flag(), choose.flag())
+    return recipe, Setting(chosen, choose.pick(OBJECTIVES), choose.flag(), choose.pick(DTYPES), choose.flag())
 
 
 def pass_sets() -> list[str]:
@@ -180,9 +202,10 @@ def pass_sets() -> list[str]:
 def check_recipe(recipe: Recipe, setting: Setting, tally: Tally | None = None) -> Fault | None:
     """Compile the model in this way, and hold the result against the eager model; a fault, or None."""
     tally = Tally() if tally is None else tally
-    model, inputs = recipe.model(setting.dtype), recipe.call(setting.dtype)
+    model = recipe.model(setting.dtype)
     oracle = recipe.model(setting.dtype).double()  # rounded as the model is
-    if _outputs(oracle, recipe.call(torch.float64)) is None or not _is_calm(oracle, recipe):
+    runs = all(_outputs(each, recipe.call(dtype)) is not None for each, dtype in _both(model, oracle, setting))
+    if not runs or not _is_calm(oracle, recipe):
         tally.unusable += 1
         return None
     before = _snapshot(model)
@@ -191,7 +214,7 @@ def check_recipe(recipe: Recipe, setting: Setting, tally: Tally | None = None) -
         return Fault(kind, reason, recipe, setting)
 
     try:
-        compiled = compile(model, tuple(x.clone() for x in inputs), **setting.options)
+        compiled = compile(model, setting.example(recipe), **setting.options)
     except InputError as error:
         tally.refused[str(error)[:100]] += 1
         return None if _same(before, _snapshot(model)) else fault("changed", "the source model, after a refusal")
@@ -208,9 +231,15 @@ def check_recipe(recipe: Recipe, setting: Setting, tally: Tally | None = None) -
         return fault(f"traced by {report.tier}", "; ".join(report.notes)[:500])
     tally.equal += 1
     tally.tiers[report.tier] += 1
+    tally.dtypes[str(setting.dtype).removeprefix("torch.")] += 1
     tally.firings.update(firing.rewrite for firing in report.rewrites)
-    tally.operators.update({type(value.op).__name__ for value in trace(model, inputs).graph.nodes()})
+    tally.operators.update({type(value.op).__name__ for value in trace(model, setting.example(recipe)).graph.nodes()})
     return None
+
+
+def _both(model: nn.Module, oracle: nn.Module, setting: Setting) -> list[tuple[nn.Module, torch.dtype]]:
+    """The model in its own dtype, which may lack a kernel or overflow, and the oracle."""
+    return [(oracle, torch.float64), (model, setting.dtype)]
 
 
 def _is_new(fault: Fault, tally: Tally) -> bool:
@@ -242,15 +271,17 @@ def _differences(
         if expected is None:
             continue  # eager PyTorch does not take this size either
         inputs = recipe.call(setting.dtype, batch, wider)
+        given = dict(zip((name for name, _ in recipe.inputs), inputs, strict=True)) if setting.by_name else inputs
         where = f"on a batch of {batch}, {wider} wider"
         try:
-            found = _run(compiled, inputs)
+            found = _run(compiled, given)
         except Exception as error:
             yield f"fails {where}: {type(error).__name__}: {str(error)[:300]}"
             continue
         tally.comparisons += 1
-        own = 0.0 if setting.double else _distance(expected, _run(model, inputs))
-        allowed = TOLERANCE if setting.double else NOISE_MULTIPLE * own + NOISE_FLOOR
+        own = 0.0 if setting.is_double else _distance(expected, _run(model, inputs))
+        allowed = NOISE_MULTIPLE * own + NOISE_FLOOR * torch.finfo(setting.dtype).eps
+        allowed = TOLERANCE if setting.is_double else allowed
         distance = _distance(expected, found)
         if not distance <= allowed:
             yield f"by {distance:.1e} of the output's scale {where}, where {allowed:.1e} is rounding"
@@ -273,9 +304,15 @@ def _outputs(model: nn.Module, inputs: Sequence[Tensor]) -> list[Any] | None:
     return outputs if all(bool(leaf.isfinite().all()) for leaf in outputs if isinstance(leaf, Tensor)) else None
 
 
-def _run(model: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
+def _run(model: nn.Module, inputs: Sequence[Tensor] | dict[str, Tensor]) -> list[Any]:
+    """The leaves of the output, behind what says how they are put together."""
     with torch.no_grad():
-        return tree_flatten(model(*(x.clone() for x in inputs)))[0]
+        if isinstance(inputs, dict):
+            output = model(**{name: x.clone() for name, x in inputs.items()})
+        else:
+            output = model(*(x.clone() for x in inputs))
+    leaves, form = tree_flatten(output)
+    return [str(form), *leaves]
 
 
 def _distance(expected: Sequence[Any], found: Sequence[Any]) -> float:

@@ -16,13 +16,13 @@ from torch import nn
 from rgc.algebra import Conv, Scale
 from rgc.compiler import Trace
 from rgc.cost import Target, cost
+from rgc.decay import DecayedActivation, DecayedLeakyReLU
 from rgc.engine import Policy, build
 from rgc.errors import Refusal
 from rgc.explanation import Cost, Gain, Gap, Remedy
 from rgc.ir import Graph, Input, Value, topological
 from rgc.neighbours import after, before, blend_at, branches, is_linear
 from rgc.neighbours import between as ways_between
-from rgc.nn import DecayedActivation, DecayedLeakyReLU
 from rgc.operators import Activation, Add, AvgPool, BatchNorm, Concat, Constant, Identity
 from rgc.passbook import resolve
 from rgc.rewrite import Pass, Rewrite

@@ -34,9 +34,9 @@ LARGEST = 1e4
 
 #: What a model returns, by the number of values.
 STRUCTURES = {
-    1: ("{0}", "{0}", "({0},)", "{{'out': {0}}}", "[{0}, 3]", "({0}, torch.ones(2))"),
-    2: ("({0}, {1})", "{{'a': {0}, 'b': {1}}}", "[{0}, ({1}, None)]"),
-    3: ("({0}, {1}, {2})", "{{'first': {0}, 'rest': [{1}, {2}]}}"),
+    1: ("{0}", "{0}", "({0},)", "{{'out': {0}}}", "[{0}, 3]", "({0}, {0}.new_ones(2))", "OrderedDict(out={0})"),
+    2: ("({0}, {1})", "{{'a': {0}, 'b': {1}}}", "[{0}, ({1}, None)]", "Pair({0}, {1})", "OrderedDict(a={0}, b={1})"),
+    3: ("({0}, {1}, {2})", "{{'first': {0}, 'rest': [{1}, {2}]}}", "Pair({0}, [{1}, {2}])", "[Pair({0}, {1}), {2}]"),
 }
 
 #: Draws of several steps that belong together.
@@ -93,10 +93,12 @@ class _Drawing:
         }[kind]()  # fmt: skip
 
     def finished(self) -> Recipe:
-        """The recipe; it returns the last value, and sometimes others."""
-        names = list(self.values)
+        """The recipe; it returns the last value, and sometimes others: also inputs as they are, and one twice."""
+        names, first = list(self.values), self.inputs[0][0]
         count = self.choose.pick([1, 1, 1, 2, 3])
-        returned = [names[-1], *(self.choose.pick(names[::-1]) for _ in range(count - 1))]
+        others = [*names[::-1], names[-1], first]
+        returned = [self.choose.pick([names[-1]] * 19 + [first])]
+        returned += [self.choose.pick(others) for _ in range(count - 1)]
         structure = self.choose.pick(STRUCTURES[count])
         ties = self._ties() if self.choose.number(0, 3) == 3 else ()
         seed = self.choose.number(0, 9999)
@@ -192,12 +194,14 @@ class _Drawing:
             self._emit(behind(self.choose, tuple(self.values[end].shape)), (end,))
 
     def _again(self) -> None:
-        """A layer that is called once more, of another value or of the same."""
+        """A layer that is called once more, of another value or of the same, by its name or by another."""
         used = [step for step in self.steps if step.layer is not None and len(step.results) == 1]
         if used:
             step = self.choose.pick(used[::-1])
             inputs = step.inputs if self.choose.flag() else tuple(self._recent() for _ in step.inputs)
-            self._emit(Made(step.code), inputs, step.layer)
+            is_module = isinstance(getattr(self.made, str(step.layer)), nn.Module)
+            other = f"self.{step.layer}" if is_module and self.choose.flag() else None
+            self._emit(Made(step.code, other), inputs, step.layer)
 
     def _recent(self) -> str:
         """A value, rather one of the last."""

@@ -154,8 +154,13 @@ def human_bytes(count: float) -> str:
 
     >>> human_bytes(2**31), human_bytes(2**52)
     ('2.0 GiB', '4,194,304.0 GiB')
+    >>> human_bytes(3 * 2**20), human_bytes(1536), human_bytes(1000)
+    ('3.0 MiB', '1.5 KiB', '1,000 bytes')
     """
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count:,.0f} bytes"
 
 
 def _number(text: str, with_unit: bool) -> float | None:

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from rgc.calibration import machine_name
-from rgc.compiler import device_of, example_of, require_eval
 from rgc.errors import InputError
 from rgc.example import Example
 from rgc.runtimes import RUNTIMES, Runner, Runtime, Setting
 from rgc.samples import CONFIDENCE, FEWEST_PAIRS, Ratio, Times
+from rgc.subject import device_of, example_of, require_eval
 from rgc.timing import Clock, Timer, Turn, take_turns, timer_for
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rgc.algebra import Linear
+from rgc.decisions import form_of_chain
 from rgc.ir import Graph, Operator, Value
 
 #: So many operators of a chain are looked at together; longer ones in windows around the pair in question.
@@ -49,15 +50,19 @@ def _continues(graph: Graph, first: Value, second: Value) -> bool:
 #: Two operators, by their ids, on an input of this shape; the values of a chain by their ids.
 _Pair = tuple[int, int, tuple[int, ...]]
 _Chain = tuple[int, ...]
+#: The one operator of each part of a chain, by its first and last index; None where no rewrite makes it.
+_Made = dict[tuple[int, int], Operator | None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
-    """A chain, the segment of each of its values, and the pairs that were asked for."""
+    """A chain, what its parts would become, the pairs that were asked for, and the segment of each of its values."""
 
-    chain: tuple[Value, ...]
-    numbers: list[int]
+    chain: tuple[Value, ...]  # keeps the values and their ids
+    made: _Made
     pairs: set[_Pair]
+    numbers: list[int] = field(default_factory=list)  # when somebody asks for them
+    form: str = ""  # as well
 
 
 @dataclass
@@ -77,14 +82,28 @@ class Planner:
 
     def segments(self, chain: Sequence[Value]) -> list[int]:
         """For each value of the chain, the number of its segment in the plan of least cost."""
+        plan = self._plan(chain)
+        plan.numbers = plan.numbers or self._cut(chain, plan.made)
+        return plan.numbers
+
+    def form_around(self, graph: Graph, first: Value, second: Value) -> str:
+        """What the plan of two neighbours depends on, beside costs; empty where there is nothing to choose."""
+        chain = chain_around(graph, first)
+        if len(chain) < 3 or second not in chain:
+            return ""
+        plan = self._plan(chain)
+        plan.form = plan.form or form_of_chain(chain, plan.made.items())
+        return plan.form
+
+    def _plan(self, chain: Sequence[Value]) -> _Plan:
         key = tuple(map(id, chain))
         if key not in self._plans:
             pairs: set[_Pair] = set()
-            self._plans[key] = _Plan(tuple(chain), self._planned(chain, pairs), pairs)  # keeps the values and their ids
+            self._plans[key] = _Plan(tuple(chain), self._operators(chain, pairs), pairs)
             self._asked.update(pairs)
             for value in chain:
                 self._plans_of.setdefault(value, set()).add(key)
-        return self._plans[key].numbers
+        return self._plans[key]
 
     def forget(self, values: Iterable[Value]) -> None:
         """Drop the plans of chains that hold one of ``values``, and the operators that were made for them."""
@@ -115,8 +134,7 @@ class Planner:
         """The whole chain as one operator; None where no rewrite makes it."""
         return self._operators(chain, set())[0, len(chain) - 1]
 
-    def _planned(self, chain: Sequence[Value], pairs: set[_Pair]) -> list[int]:
-        made = self._operators(chain, pairs)
+    def _cut(self, chain: Sequence[Value], made: _Made) -> list[int]:
         bounds = [0.0, *itertools.accumulate(map(self.bound, chain))]
         best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # cost, segments, start of the last segment
         for end, value in enumerate(chain):
@@ -134,12 +152,9 @@ class Planner:
             end = start
         return numbers
 
-    def _operators(self, chain: Sequence[Value], pairs: set[_Pair]) -> dict[tuple[int, int], Operator | None]:
-        """The one operator of each part of the chain, by its first and last index; None where there is none.
-
-        Notes in ``pairs`` which pairs were asked for.
-        """
-        made: dict[tuple[int, int], Operator | None] = {(i, i): value.op for i, value in enumerate(chain)}
+    def _operators(self, chain: Sequence[Value], pairs: set[_Pair]) -> _Made:
+        """What each part of the chain would become; notes in ``pairs`` which pairs were asked for."""
+        made: _Made = {(i, i): value.op for i, value in enumerate(chain)}
         for length in range(1, len(chain)):
             for start in range(len(chain) - length):
                 end = start + length

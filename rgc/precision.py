@@ -21,6 +21,17 @@ from torch.utils._pytree import tree_flatten, tree_map
 LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
+def dtype_in(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+    """The dtype of ``tensor`` in a model of the floating-point ``dtype``: integers keep theirs, complex stays complex.
+
+    >>> dtype_in(torch.float64, torch.ones(1)), dtype_in(torch.float64, torch.ones(1, dtype=torch.complex64))
+    (torch.float64, torch.complex128)
+    """
+    if tensor.is_complex():
+        return torch.complex128 if dtype == torch.float64 else torch.complex64
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
 class WriteError(RuntimeError):
     """A model writes to its weights, so it needs a copy of them to run on."""
 
@@ -192,5 +203,6 @@ class ReadOnlyModel:
 
 
 __all__ = [
-    "LOW", "Jittered", "ReadOnly", "ReadOnlyModel", "WriteError", "in_float64", "is_precise", "jittered", "precisely",
+    "LOW", "Jittered", "ReadOnly", "ReadOnlyModel", "WriteError", "dtype_in", "in_float64", "is_precise",
+    "jittered", "precisely",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rgc.errors import NotEquivalentError, RgcError
+from rgc.fourier import fourier_convolutions
 from rgc.ir import Value, evaluate_value, topological
 from rgc.operators import Call, Constant
 from rgc.ranges import Interval
@@ -78,7 +79,7 @@ def check_firing(
             raise NotEquivalentError(f"{old.where}: differs by {distance:.1e} of its scale on a random input of {size}")
         return distance
 
-    seen = [difference(index, shapes) for index, shapes in enumerate(_small_shapes(before + after, sources))]
+    seen = [difference(index, shapes) for index, shapes in enumerate(small_shapes(before + after, sources))]
     if all(distance is None for distance in seen):
         seen = [difference(index, exact) for index in range(len(MAGNITUDES))]
     if None in seen and len(set(seen)) == 1:
@@ -123,7 +124,7 @@ def _largest(tensor: Tensor) -> float:
 def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple[Tensor, float]:
     results: dict[Value, Any] = dict(inputs)
     scale = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), fourier_convolutions():
         for value in values:
             result = evaluate_value(value, [results[used] for used in value.inputs], {}, torch.float64)
             results[value] = result
@@ -132,7 +133,7 @@ def _run(values: list[Value], root: Value, inputs: dict[Value, Tensor]) -> tuple
     return results[root], scale
 
 
-def _small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
+def small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
     """Shapes of the sources at small sizes, odd and even on each axis; none where only the example's size is sure."""
     axes = _free_axes(values, sources)
     if axes is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
+
+#: The named tuple that a model may return.
+PAIR = "Pair"
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ class Recipe:
     @cached_property
     def source(self) -> str:
         """The source code of the class ``Model``."""
-        used = {step.layer for step in self.steps} | {name for pair in self._used_ties for name in pair}
+        used = self._used_layers | {name for pair in self._used_ties for name in pair}
+        named = [f"{PAIR} = namedtuple({PAIR!r}, ['first', 'second'])", ""] if f"{PAIR}(" in self.structure else []
         made = [f"self.{name} = {constructor}" for name, constructor in self.layers if name in used]
         tied = [f"self.{first}.weight = self.{second}.weight" for first, second in self._used_ties]
         body = [*(step.text for step in self.steps), f"return {self.structure.format(*self.returned)}"]
         arguments = "".join(f", {name}" for name, _ in self.inputs)
         return "\n".join([
+            *named,
             "class Model(nn.Module):",
             "    def __init__(self):",
             *(textwrap.indent(line, 8 * " ") for line in ("super().__init__()", *made, *tied)),
@@ -89,6 +95,7 @@ class Recipe:
         from rgc.testing import randomize
 
         namespace: dict[str, Any] = {"torch": torch, "F": F, "nn": nn}
+        namespace |= {"OrderedDict": OrderedDict, "namedtuple": namedtuple}
         exec(compile(self.source, "<recipe>", "exec"), namespace)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -109,7 +116,7 @@ class Recipe:
             if needed & {*step.results, *(step.inputs if not step.results else ())}:
                 needed |= set(step.inputs)
                 kept.append(step)
-        layers = {step.layer for step in kept} | {name for pair in self.ties for name in pair}
+        layers = replace(self, steps=tuple(kept))._used_layers | {name for pair in self.ties for name in pair}
         return replace(
             self,
             inputs=tuple(each for each in self.inputs if each[0] in needed) or self.inputs[:1],
@@ -140,6 +147,15 @@ class Recipe:
             yield replace(self, steps=steps, returned=tuple(other.get(used, used) for used in self.returned))
 
     @property
+    def _used_layers(self) -> set[str | None]:
+        """The layers that are called, and those of which one that is called is another name (``self.m1 = self.m0``)."""
+        used = {step.layer for step in self.steps}
+        for name, constructor in reversed(self.layers):
+            if name in used and constructor.startswith("self."):
+                used.add(constructor.removeprefix("self."))
+        return used
+
+    @property
     def _used_ties(self) -> list[tuple[str, str]]:
         used = {step.layer for step in self.steps}
         return [pair for pair in self.ties if set(pair) <= used]
@@ -159,12 +175,18 @@ def reduced(recipe: Recipe, fails: Callable[[Recipe], bool], attempts: int = 400
             return recipe
 
 
-def script(recipe: Recipe, options: Mapping[str, Any], dtype: torch.dtype, reason: str) -> str:
+def script(
+    recipe: Recipe, options: Mapping[str, Any], dtype: torch.dtype, reason: str, *, by_name: bool = False
+) -> str:
     """A Python program that shows the failure: it stops with an error as long as there is one."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    shapes = "".join(f"torch.randn({', '.join(map(str, shape))}), " for _, shape in recipe.inputs).rstrip()
+    shapes = ", ".join(f"{name!r}: torch.randn({', '.join(map(str, shape))})" for name, shape in recipe.inputs)
+    copies = "{name: x.clone() for name, x in inputs.items()}"
+    example, call = (copies, f"**{copies}") if by_name else (f"tuple({copies}.values())", f"*{copies}.values()")
     return "\n".join([
         *(f"# {line}" for line in reason.splitlines()),
+        "from collections import OrderedDict, namedtuple",
+        "",
         "import torch",
         "import torch.nn.functional as F",
         "from torch import nn",
@@ -179,12 +201,13 @@ def script(recipe: Recipe, options: Mapping[str, Any], dtype: torch.dtype, reaso
         "",
         f"torch.manual_seed({recipe.seed})",
         f"model = randomize(Model(), {recipe.seed}).to({dtype})",
-        f"inputs = tuple(x.to({dtype}) for x in ({shapes}))",
-        f"compiled = rgc.compile(model, tuple(x.clone() for x in inputs), {arguments})",
+        f"inputs = {{name: x.to({dtype}) for name, x in {{{shapes}}}.items()}}",
+        f"compiled = rgc.compile(model, {example}, {arguments})",
         "assert not compiled.report.failures, compiled.report.failures",
         "with torch.no_grad():",
-        "    expected, found = (tree_leaves(f(*(x.clone() for x in inputs))) for f in (model, compiled))",
-        "for a, b in zip(expected, found, strict=True):",
+        f"    expected, found = (tree_leaves(f({call})) for f in (model, compiled))",
+        "assert len(expected) == len(found), (expected, found)",
+        "for a, b in ((a, b) for a, b in zip(expected, found) if isinstance(a, torch.Tensor)):",
         "    print(compiled.report.tier, (a - b).abs().max().item() / a.abs().max().item())",
         "    torch.testing.assert_close(a, b)",
     ]) + "\n"  # fmt: skip

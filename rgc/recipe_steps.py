@@ -225,6 +225,15 @@ def activation(choose: Chooser, shape: Shape) -> Made:
     return Made("{m}({0})", choose.pick([*_MODULES, f"nn.PReLU({shape[1]})"]))
 
 
+def clamp(choose: Chooser, shape: Shape) -> Made:
+    """Bounds of each channel's own, on one side or on both."""
+    code = choose.pick([
+        "torch.clamp({0}, {m}, {m} + 1)", "torch.maximum({0}, {m})", "torch.minimum({m}, {0})", "{0}.clamp(min={m})",
+        "torch.clamp({0}, max={m})", "{0}.clamp({m}, 1.5)",
+    ])  # fmt: skip
+    return Made(code, f"nn.Buffer(torch.randn{(shape[1], *[1] * (len(shape) - 2))})")
+
+
 def decayed_activation(choose: Chooser, shape: Shape) -> Made:
     """lambda x + (1 - lambda) f(x): linear where lambda has reached 1."""
     kept = choose.pick([1.0, 0.0, 0.5])
@@ -246,6 +255,17 @@ def leaves_as_it_is(choose: Chooser, shape: Shape) -> Made:
     )
     chosen = choose.pick([*modules, *calls])
     return Made(chosen) if chosen in calls else Made("{m}({0})", chosen)
+
+
+def repeated(choose: Chooser, shape: Shape) -> Made:
+    """Layers in a container, one of them there twice."""
+    rank, channels = len(shape) - 2, shape[1]
+    norm = f"nn.BatchNorm{max(rank, 1)}d({channels})"
+    layer = f"nn.Conv{rank}d({channels}, {channels}, 3, padding=1)" if rank in (1, 2, 3) else norm
+    return Made("{m}({0})", choose.pick([
+        f"nn.Sequential(*[{layer}] * 2)", f"nn.Sequential({layer}, {norm}, nn.ReLU())",
+        f"nn.Sequential(*[nn.Sequential({layer}, {norm})] * 2)", f"nn.Sequential(*[{norm}, nn.ReLU()] * 2)",
+    ]))  # fmt: skip
 
 
 # --- pooling and resampling ---------------------------------------------------------------------------------------
@@ -500,7 +520,7 @@ BROADCAST = ("{0} + {1}", "{0} * {1}", "{0} * torch.sigmoid({1})", "{0} - {1}", 
 
 ANY_SHAPE: list[Maker] = [
     linear, scale, scale, batch_norm, activation, activation, decayed_activation, leaves_as_it_is, view, view, piece,
-    pieces, in_place, sample_norm, product,
+    pieces, in_place, sample_norm, product, clamp, repeated,
 ]  # fmt: skip
 VECTORS: list[Maker] = [linear, linear, batch_norm]
 CONVOLUTIONS: list[Maker] = [convolution, same_convolution, pointwise_convolution]

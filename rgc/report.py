@@ -72,13 +72,51 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class OutputBound:
+    """How far rounding can take one output from the original in float64, on the example, relative to its scale.
+
+    output: its place among the tensors that are returned. bound: holds for any order of summation (`rgc.rounding`);
+    None where there is none, for the ``reason`` given. measured: the distance that was found, on the same scale.
+    """
+
+    output: int
+    bound: float | None
+    measured: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.bound is None:
+            return f"output {self.output}: {self.reason}; measured {self.measured:.1e} of scale"
+        return f"output {self.output}: error at most {self.bound:.1e} of scale, measured {self.measured:.1e}"
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """Rounding on the example, for any order of summation (`rgc.rounding`): of outputs, and of layers by themselves.
+
+    layers: how many layers were held against a bound of their own, on the inputs that they really got. share: the
+    largest part of its bound that any of them takes, by ``layer``.
+    """
+
+    outputs: tuple[OutputBound, ...]
+    layers: int
+    share: float
+    layer: str
+
+    def __str__(self) -> str:
+        most = f"at most {self.share:.1%} of their own bounds ({self.layer})" if self.layer else "nothing"
+        lines = [f"rounding, for any order of summation: {self.layers} layers take {most}", *map(str, self.outputs)]
+        return "\n  ".join(lines)
+
+
+@dataclass(frozen=True)
 class Report:
     """The record of one compilation; ``to_json()`` for machines, ``rich.print(report)`` for people.
 
     ops_*: layers and functions by name, as a `collections.Counter`. opaque: those of ops_after that rgc does not know
     and passed through untouched. params_*: elements of parameters and constants.
     macs_*: multiply-accumulates for the example. fixed_size: does the result hold at the example's size only?
-    max_error: as in `Verification`.
+    max_error: as in `Verification`. bound: what rounding can do, computed at ``verify="full"``.
     """
 
     model: str
@@ -101,6 +139,7 @@ class Report:
     verification: Verification | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    bound: ErrorBound | None = None
 
     @property
     def max_error(self) -> float | None:
@@ -159,6 +198,8 @@ class Report:
             yield Text(f"bug: {failure.rewrite} at {failure.where}, undone: {failure.reason}", style="red")
         for note in self.notes:
             yield Text(f"note: {note}")
+        if self.bound is not None:
+            yield Text(f"\n{self.bound}")
         yield Text(f"\n{summary(self)}", style="bold")
 
 

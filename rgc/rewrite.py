@@ -15,7 +15,10 @@ A rewrite that is equal only where `rgc.range_of` says that the values lie decla
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pickle
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -226,6 +229,12 @@ class Rewrite(WithExamples):
 
         return attach
 
+    def __reduce__(self) -> Any:
+        return _by_name(self, self.cases[0].build.__module__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewrite:
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class GraphPass(WithExamples):
@@ -235,6 +244,12 @@ class GraphPass(WithExamples):
     statement: str
     run: Callable[[Graph], Graph]
     examples: list[Example] = field(default_factory=list)
+
+    def __reduce__(self) -> Any:
+        return _by_name(self, self.run.__module__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphPass:
+        return self
 
 
 Pass = Rewrite | GraphPass
@@ -259,6 +274,19 @@ def graph_pass(run: Callable[[Graph], Graph]) -> GraphPass:
     """Turn a function from graph to graph into a pass: the escape hatch for what no local pattern says."""
     statement = inspect.getdoc(run) or inspect.getdoc(inspect.getmodule(run)) or ""
     return GraphPass(run.__name__, statement, run)
+
+
+def _by_name(own: Pass, module: str) -> tuple[Callable[[str, str], Any], tuple[str, str]]:
+    """How to pickle a pass: as where it is found, the way functions are."""
+    if vars(sys.modules.get(module, types)).get(own.name) is not own:
+        raise pickle.PicklingError(
+            f"the pass {own.name} is not {module}.{own.name}, where unpickling would look for it"
+        )
+    return _imported, (module, own.name)
+
+
+def _imported(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def observed(op: Operator) -> Operator:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rgc.compiler import device_of, floating_dtype
 from rgc.errors import InputError
 from rgc.example import Example, copy_model
+from rgc.subject import device_of, floating_dtype
 from rgc.timing import Call, as_cuda_graph
 
 Runtime = Literal["eager", "torch.compile", "onnxruntime"]

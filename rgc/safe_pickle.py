@@ -25,7 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers", "rgc.nn", "rgc.models")
+_PACKAGES = (
+    "torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers",
+    "rgc.nn", "rgc.decay", "rgc.models",
+)  # fmt: skip
 _FUNCTION_HOMES = ("torch.nn.functional", "torch._C._nn", "torchvision.ops")
 _REBUILDERS = frozenset(
     {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from rgc.data import Sample, samples_of
 from rgc.errors import InputError, NotEquivalentError
 from rgc.example import Example, output_difference, precise_form, runnable, runnable_in_float64
 from rgc.precision import Jittered, ReadOnlyModel, jittered
 from rgc.proof import TOLERANCE
 from rgc.report import Verification
+from rgc.subject import device_of, example_of, floating_dtype, require_eval
 
 Level = Literal["quick", "full"]
 
@@ -62,15 +64,19 @@ UNITS = (1, 8, 64)
 
 
 def verify(
-    original: nn.Module, compiled: Callable[..., Any], example_inputs: Any = None, *, level: Level = "quick"
+    original: nn.Module,
+    compiled: Callable[..., Any],
+    example_inputs: Any = None,
+    *,
+    level: Level = "quick",
+    data: Any = None,
 ) -> Verification:
     """Compare a compiled model (or any loaded artifact) with its original on the example and on drawn inputs.
 
-    Raises `InputError` where the original cannot run the example; a difference is returned, not raised:
-    ``verify(...).equal``.
+    data: inputs of your own to compare on as well, in the form of the example, the first axis with any number of
+    samples. Raises `InputError` where the original cannot run the example or the data; a difference is returned, not
+    raised: ``verify(...).equal``.
     """
-    from rgc.compiler import device_of, example_of, floating_dtype, require_eval
-
     require_eval(original)
     example = example_of(original, example_inputs)
     dtype = floating_dtype(original, example)
@@ -79,8 +85,9 @@ def verify(
     own = runnable(original, dtype, is_read_only=precise.shares)
     exact = runnable_in_float64(precise.model, original, is_read_only=precise.shares)
     pair = Pair(own, compiled, exact, None, dtype, device_of(original))
+    samples = () if data is None else samples_of(data, example, original)
     try:
-        return pair.check(on_cpu, level=level, free_sizes=False, expected=precise.expected)
+        return pair.check(on_cpu, level=level, free_sizes=False, expected=precise.expected, samples=samples)
     except NotEquivalentError as error:
         return Verification(False, None, float("inf"), 0.0, 0.0, 0, level, str(error))
 
@@ -91,12 +98,13 @@ class Case:
 
     example: Example
     expected: Any
+    sample: str = ""
 
     @classmethod
-    def of(cls, example: Example, expected: Any) -> Case:
-        """The case, with the output if it is small."""
+    def of(cls, example: Example, expected: Any, sample: str = "") -> Case:
+        """The case, with the output if it is small; ``sample`` names it where it is a user's own."""
         elements = sum(leaf.numel() for leaf in tree_flatten(expected)[0] if isinstance(leaf, Tensor))
-        return cls(example, expected if elements <= LARGEST_KEPT else None)
+        return cls(example, expected if elements <= LARGEST_KEPT else None, sample)
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,34 @@ class Pair:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     accepts: Callable[[Example], bool] = lambda _: True  # which drawn inputs the compiled form can take
 
-    def check(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Verification:
-        """The worst differences over the example and the drawn inputs; `NotEquivalentError` names the input's shape."""
-        cases = self.check_in_float64(example, level=level, free_sizes=free_sizes, expected=expected)
+    def check(
+        self,
+        example: Example,
+        *,
+        level: Level,
+        free_sizes: bool,
+        expected: Any = None,
+        samples: Sequence[Sample] = (),
+    ) -> Verification:
+        """The worst differences over the example, the drawn inputs and ``samples``.
+
+        `NotEquivalentError` names the input's shape, or the sample.
+        """
+        cases = self.check_in_float64(
+            example, level=level, free_sizes=free_sizes, expected=expected, samples=samples
+        )  # fmt: skip
         return self.check_deployed(cases)
 
-    def check_in_float64(self, example: Example, *, level: Level, free_sizes: bool, expected: Any = None) -> Cases:
-        """The example and the drawn inputs that the original takes, on which the two agree in float64.
+    def check_in_float64(
+        self,
+        example: Example,
+        *,
+        level: Level,
+        free_sizes: bool,
+        expected: Any = None,
+        samples: Sequence[Sample] = (),
+    ) -> Cases:
+        """The example, the drawn inputs that the original takes, and ``samples``, on which the two agree in float64.
 
         ``expected``: what the original makes of the example, if that is known.
         """
@@ -141,8 +170,26 @@ class Pair:
                 continue  # the original itself does not take this size, so nothing can be said about it
             if _has_new_ones(drawn, example) and not self._takes(drawn):
                 continue
+            if _is_finite(first) and not _is_finite(found):
+                continue  # a window of nothing but padding, say: what computes with infinities may become NaN
             exact = max(exact, self._exact_difference(drawn, found, LARGEST_ROUNDING_IF_DRAWN))
             cases.append(Case.of(drawn, found))
+        own = self.check_samples_in_float64(samples, level)
+        exact = max(exact, own.exact or 0.0)
+        return Cases(level, cases + own.cases, exact if self.compiled_reference is not None else None)
+
+    def check_samples_in_float64(self, samples: Sequence[Sample], level: Level) -> Cases:
+        """A user's own inputs, on which the two agree in float64; `InputError` where the original does not run."""
+        cases, exact = [], 0.0
+        for sample in samples:
+            try:
+                found = self._expected(sample.example)
+            except Exception as error:  # forward is the user's own and may raise anything
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                raise InputError(f"the model does not run on {sample.name}: {reason}") from error
+            with _naming(sample.name):
+                exact = max(exact, self._exact_difference(sample.example, found, LARGEST_ROUNDING_IF_DRAWN))
+            cases.append(Case.of(sample.example, found, sample.name))
         return Cases(level, cases, exact if self.compiled_reference is not None else None)
 
     def check_deployed(self, cases: Cases) -> Verification:
@@ -150,7 +197,8 @@ class Pair:
         worst = _Worst()
         for case in cases.cases:
             expected = self._expected(case.example) if case.expected is None else case.expected
-            self._compare(case.example, worst, expected)
+            with _naming(case.sample):
+                self._compare(case.example, worst, expected)
         return Verification(True, cases.exact, worst.deployed, worst.own, worst.allowed, worst.count, cases.level)
 
     def _expected(self, example: Example) -> Any:
@@ -164,8 +212,14 @@ class Pair:
             return 0.0
         precise = example.cast(torch.float64)
         exact = output_difference(expected, _run(self.compiled_reference, precise))
-        if not exact <= TOLERANCE and not exact <= min(self._rounding(precise, expected), most):
-            raise NotEquivalentError(f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}")
+        if exact <= TOLERANCE:
+            return exact
+        allowed = max(TOLERANCE, min(self._rounding(precise, expected), most))
+        if not exact <= allowed:
+            raise NotEquivalentError(
+                f"differs by {exact:.1e} of its scale in float64 on {_describe(example)}",
+                difference=exact, allowed=allowed, precision="float64",
+            )  # fmt: skip
         return exact
 
     def _takes(self, example: Example) -> bool:
@@ -181,27 +235,40 @@ class Pair:
 
     def _compare(self, example: Example, worst: _Worst, expected: Any) -> None:
         deployed = example.cast(self.dtype).to(self.device)
-        original, result = deployed.run(self.original), _run(self.compiled, deployed)
+        original, result = self._run_original(deployed), _run(self.compiled, deployed)
         own, found = (output_difference(expected, _on_cpu(output)) for output in (original, result))
         _require_same_dtypes(original, result)
-        worst.own = max(worst.own, own)
-        allowed = max(NOISE_MULTIPLE * worst.own + NOISE_FLOOR * torch.finfo(self.dtype).eps, TOLERANCE)
+        # Where the original leaves the range of the dtype nothing rounds: that excuses nothing on other inputs.
+        worst.own = max(worst.own, own) if math.isfinite(own) else worst.own
+        allowed = max(NOISE_MULTIPLE * max(worst.own, own) + NOISE_FLOOR * torch.finfo(self.dtype).eps, TOLERANCE)
         direct = output_difference(original, result) if max(own, found) > LARGEST_NOISE else 0.0
         if not found <= allowed:
             if not direct > LARGEST_NOISE or not self._is_no_calmer(deployed, original, direct):
+                precision = str(self.dtype).removeprefix("torch.")
                 raise NotEquivalentError(
-                    f"differs by {found:.1e} of its scale in {str(self.dtype).removeprefix('torch.')} "
-                    f"on {_describe(example)}, "
-                    f"where the original's own rounding explains {allowed:.1e}"
-                )
+                    f"differs by {found:.1e} of its scale in {precision} on {_describe(example)}, "
+                    f"where the original's own rounding explains {allowed:.1e}",
+                    difference=found, allowed=allowed, precision=precision,
+                )  # fmt: skip
             allowed = found  # the original is thrown about by its own rounding, by luck not on this very input
         if own > LARGEST_NOISE and not direct <= LARGEST_NOISE and not self._is_no_calmer(deployed, original, direct):
             raise NotEquivalentError(
                 f"differs from the original by {direct:.1e} of its scale in {str(self.dtype).removeprefix('torch.')}, "
                 f"which itself computes something else in float64 ({own:.1e} away)"
             )
-        worst.deployed = max(worst.deployed, found)
-        worst.allowed, worst.count = max(worst.allowed, allowed), worst.count + 1
+        worst.count += 1
+        if math.isfinite(own):
+            worst.deployed, worst.allowed = max(worst.deployed, found), max(worst.allowed, allowed)
+
+    def _run_original(self, example: Example) -> Any:
+        """What the original makes of an input in the deployed dtype; it has run in float64 already."""
+        try:
+            return example.run(self.original)
+        except Exception as error:  # forward is the user's own and may raise anything
+            name, reason = str(self.dtype).removeprefix("torch."), (str(error).strip().splitlines() or [""])[0][:160]
+            raise InputError(
+                f"the model does not run in {name} on {_describe(example)}: {type(error).__name__}: {reason}"
+            ) from error
 
     def _rounding(self, example: Example, expected: Any) -> float:
         """What rounding in float64 explains: a multiple of how far the last place of inputs and weights moves it."""
@@ -236,6 +303,20 @@ def _jittered(
         return jittered(leaf, seed, units) if isinstance(leaf, Tensor) else leaf
 
     return moved, Example(tree_map(move, example.args), tree_map(move, example.kwargs))
+
+
+@contextmanager
+def _naming(sample: str) -> Iterator[None]:
+    """An error inside names the sample, if there is one."""
+    try:
+        yield
+    except NotEquivalentError as error:
+        if not sample:
+            raise
+        raise NotEquivalentError(
+            f"{error} ({sample})",
+            difference=error.difference, allowed=error.allowed, precision=error.precision, sample=sample,
+        ) from error  # fmt: skip
 
 
 def _run(compiled: Callable[..., Any], example: Example) -> Any:
@@ -394,6 +475,10 @@ def _large(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 #: The first is that of the first input drawn, at the example's sizes: large values reach what clamps.
 _DISTRIBUTIONS = (_large, _normal, _sparse, _uniform)
+
+
+def _is_finite(output: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
 
 
 def _has_new_ones(drawn: Example, example: Example) -> bool:

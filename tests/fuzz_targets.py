@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rgc.artifact import load
-from rgc.compiler import require_eval, trace
+from rgc.compiler import trace
 from rgc.errors import RgcError
 from rgc.example import output_difference
 from rgc.functions import STRUCTURAL
@@ -35,6 +35,7 @@ from rgc.limits import Limits
 from rgc.loading import load_model
 from rgc.modules import MODULES
 from rgc.rearrange_calls import REARRANGEMENTS
+from rgc.subject import require_eval
 
 #: What no file may cause while it is read without trust.
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "ctypes.dlopen",

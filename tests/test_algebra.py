@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgc.algebra import (
     Conv,
+    Deferred,
     Linear,
     Scale,
     _linear_part,  # the candidate that the border predicate judges
@@ -892,6 +893,39 @@ def test_a_bias_before_a_transposed_layer_needs_ones_or_a_size() -> None:
         grouped @ Conv(integers(1, 4, 2, 1, 1), integers(2, 4), groups=2)
 
 
+def scaled_down(factor: float, groups: int = 1) -> Conv:
+    """A padded convolution of s x + t, as one that pads with -t / s."""
+    scale = Scale(factor * ones(2), torch.tensor([1.0, 2.0]).double(), axes=2)
+    merged = compose(Conv(integers(1, 2, 2 // groups, 3, 3), padding=1, groups=groups), scale)
+    assert isinstance(merged, Conv) and merged.pad_value is not None
+    return merged
+
+
+def rounding(conv: Linear, oracle: Linear) -> float:
+    """The error in float32 on inputs of unit size, of the largest output."""
+    x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = oracle.evaluate(x)
+    return float((conv.as_conv(2, 2).cast(torch.float32).evaluate(x.float()) - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1, 1e-3, 1e-6, -1e-6])
+def test_a_sum_with_an_unpadded_branch_rounds_no_worse_for_the_pad_value_of_the_other(factor: float) -> None:
+    padded, identity = scaled_down(factor), Conv(2 * torch.eye(2, dtype=torch.float64).reshape(2, 2, 1, 1))
+    for merged in (add(padded, identity), add(identity, padded)):
+        assert isinstance(merged, Conv) and (merged.pad_value is None) == (abs(factor) < 0.01)
+        x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+        torch.testing.assert_close(merged.evaluate(x), padded.evaluate(x) + 2 * x, rtol=0, atol=1e-9)
+        assert rounding(merged, merged) < 1e-6
+
+
+def test_a_pad_value_that_would_leave_little_but_rounding_is_refused_where_ones_do_not_help() -> None:
+    identity = Conv(ones(2, 1, 1, 1), groups=2)
+    kept = add(scaled_down(1.0, groups=2), identity)
+    assert isinstance(kept, Conv) and kept.groups == 2 and kept.pad_value is not None
+    with pytest.raises(Refusal, match=r"conv 3x3 .* pads with constants of up to 2.0e\+06, .* little but rounding"):
+        add(scaled_down(1e-6, groups=2), identity)
+
+
 def test_branches_that_pad_with_different_constants_are_one_with_ones() -> None:
     a, b = three_by_three(1, bias=True), three_by_three(2, pad_value=integers(3, 2))
     merged = a + b
@@ -1087,3 +1121,14 @@ def test_a_size_of_other_axes_than_those_of_the_first_operator_is_a_refusal(law:
         law(linear, channels, ())
     with pytest.raises(Refusal, match="act on different axes"):
         law(linear, Conv(ones(3, 3, 1)), ())
+
+
+def test_a_composition_computes_neither_weight_nor_bias_before_they_are_read() -> None:
+    first, second = (Conv(torch.randn(4, 4, 3, 3), torch.randn(4)) for _ in range(2))
+    made = second @ first
+    assert isinstance(made, Conv) and made.bias_shape == (4,) and not made.has_bias_map
+    assert all(isinstance(made.__dict__[name], Deferred) for name in ("weight", "bias"))
+    assert made.bias is not None and made.bias.shape == (4,) and isinstance(made.__dict__["bias"], torch.Tensor)
+    x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    twice = second.cast(torch.float64).evaluate(first.cast(torch.float64).evaluate(x))
+    torch.testing.assert_close(made.evaluate(x), twice)

@@ -8,9 +8,12 @@ from typing import Any, cast
 
 import pytest
 import sympy as sp
+import torch
+import torch.nn.functional as F
 
 from rgc.algebra import Conv
 from rgc.axis import Axis, align_axes, compose_axes, inside_tap, ring
+from rgc.operators import _rounds_up
 
 # A number below another is written with its slack: 0 <= r < s becomes s = r + 1 + slack, slack >= 0. What sympy then
 # derives from the signs of the symbols holds for every number.
@@ -242,3 +245,90 @@ def _tells_inside(second: Axis, first: Axis, tap: int, n: int) -> bool:
     }
     elements = {position: position * first.stride + tap * first.dilation - first.before for position in read}
     return all((0 <= position < inside) == (0 <= elements[position] < n) for position in read)
+
+
+def _size_in_front(offset: Any) -> tuple[Any, Any]:
+    """How far (m - 1) s1 + offset and m s1 + offset lie behind the input, if it has m = q + 1 outputs.
+
+    0 is just behind the last element. Behind the last window 0 <= r < s1 elements are left over.
+    """
+    length = sp.solve(sp.Eq(_floored(FIRST.output_size(n)) * s1, s1 * q + r), n)[0]
+    return sp.expand(q * s1 + offset - length), sp.expand((q + 1) * s1 + offset - length)
+
+
+def test_a_tap_with_an_offset_from_0_below_the_reach_reads_input_at_every_output() -> None:
+    """reach + o < 0: at the last of the outputs the tap stands before the end, whatever is left over."""
+    at_last, _ = _size_in_front(v)
+    short = sp.solve(sp.Eq(FIRST.reach + v, -1 - m), v)[0]
+    assert sp.expand(at_last.subs(v, short)) == -1 - m - r  # negative
+    assert (i * s1 + v).is_nonnegative  # and at every output i, with an offset v >= 0, behind the start
+
+
+def test_a_tap_reads_no_input_behind_the_outputs_where_reach_and_offset_make_minus_one_or_more() -> None:
+    """reach + o >= -1: at f >= 0 positions behind the outputs the tap stands behind the end, at every size."""
+    _, behind = _size_in_front(v)
+    long = sp.solve(sp.Eq(FIRST.reach + v, m - 1), v)[0]
+    assert sp.expand((behind + f * s1).subs(v, long).subs(s1, r + 1 + slack1)).is_nonnegative
+
+
+def test_a_tap_with_an_offset_below_the_step_reads_no_input_in_front() -> None:
+    """o < g s1: at -g, and at every position before it, the tap stands in front of the input."""
+    g = sp.Symbol("g", integer=True, positive=True)
+    assert sp.expand(((-g - f) * s1 + v).subs(v, g * s1 - 1 - m)).is_negative
+
+
+# --- pooling -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pooling_has_as_many_windows_as_the_convolution_that_stands_for_it() -> None:
+    """PyTorch, "Shape": floor((n + 2 padding - dilation (k - 1) - 1) / stride) + 1; dilation 1 of an average."""
+    same = Axis(k1, s1, d1, b1, b1)  # type: ignore[arg-type]  # symbols for numbers
+    assert sp.simplify(same.output_size(n) - (sp.floor((n + 2 * b1 - d1 * (k1 - 1) - 1) / s1) + 1)) == 0
+    plain = Axis(k1, s1, 1, b1, b1)  # type: ignore[arg-type]
+    assert sp.simplify(plain.output_size(n) - (sp.floor((n + 2 * b1 - k1) / s1) + 1)) == 0
+
+
+def test_a_size_that_is_rounded_up_is_one_more_just_where_elements_are_left_over() -> None:
+    """ceil(rest / s) = floor((rest + s - 1) / s): q + 1 for rest = s q + r with r > 0, and q for r = 0."""
+    bounded = {s1: r + 1 + slack1}
+    assert_floor(((s1 * q + r) / s1).subs(bounded), q)
+    assert_floor((s1 * q + s1 - 1) / s1, q)
+    left = r + 1  # at least one left over, and fewer than s1
+    assert_floor(((s1 * q + left + s1 - 1) / s1).subs(s1, left + 1 + slack1), q + 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_the_compiler_rounds_up_where_pytorch_has_one_window_more(stride: int, padding: int) -> None:
+    for window, size in itertools.product(range(max(1, 2 * padding), 6), range(1, 14)):
+        if size + 2 * padding < window:
+            continue
+        x = torch.zeros(1, 1, size)
+        down, up = (F.avg_pool1d(x, window, stride, padding, ceil_mode=ceil).shape[-1] for ceil in (False, True))
+        assert _rounds_up(size, window, stride, padding) == (up == down + 1)
+        assert down == Axis(window, stride, 1, padding, padding).output_size(size)
+
+
+# --- transposed ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pointwise_layer_on_either_side_leaves_the_size_of_a_transposed_convolution() -> None:
+    extra = sp.Symbol("extra", integer=True, nonnegative=True)
+    shape = SimpleNamespace(axes=(FIRST,), output_padding=(extra,), transposed=True)
+    (size,) = Conv.output_size(cast(Conv, shape), (n,))
+    point = Axis(1, 1, 1, 0, 0)
+    (before,) = Conv.output_size(cast(Conv, shape), (point.output_size(n),))
+    assert sp.expand(before - size) == 0
+    assert sp.expand(point.output_size(size) - size) == 0
+
+
+# --- space to depth ------------------------------------------------------------------------------------------------
+
+
+def test_padding_that_no_window_reaches_may_go_where_the_factor_divides_the_size() -> None:
+    """floor((g m + g t + r) / (g s)) = floor((m + t) / s) for 0 <= r < g: without r there are as many windows."""
+    g = r + 1 + slack1  # the factor
+    bounded = {s2: v + 1 + slack2}
+    whole = g * (s2 * u + v)  # g (m + t), with m + t = s2 u + v and 0 <= v < s2
+    assert_floor(((whole + r) / (g * s2)).subs(bounded), u)
+    assert_floor((whole / (g * s2)).subs(bounded), u)

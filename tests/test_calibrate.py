@@ -152,6 +152,7 @@ def test_the_standard_probes_cover_common_kernels_and_none_takes_too_long(target
     kernels = Counter(probe.key[0] for probe in probes)
     common = ["1x1 dense", "3x3 dense", "5x5 dense", "7x7 dense", "3x3/2 dense", "3x3 depthwise", "5x5/2 depthwise"]
     assert all(kernels[name] >= 15 for name in [*common, "3x3 grouped", "linear", "4x4/4 dense"])
+    assert all(kernels[name] >= 15 for name in ("1x1 unaligned dense", "3x3 unaligned dense", "5x5 unaligned dense"))
     assert kernels["3x3d dense"] and kernels["2x2/2 transposed"] and kernels["2x2/2 average"]
     assert max(work(probe.value) for probe in probes) <= (3e8 if target == "cpu" else 2e10)
 

@@ -140,7 +140,8 @@ def test_compile_writes_beside_the_input_and_says_what_it_did(folder: Path, caps
     assert last.startswith("wrote model.fused.pt2 (")
     assert "kB; free dimensions: input[0], input[2], input[3])" in last
     assert seen.err == ""
-    assert set(contents(folder)) == {str(folder / "model.pt"), str(folder / "model.fused.pt2")}
+    written = ("model.pt", "model.fused.pt2", "model.fused.pt2.certificate.json")
+    assert set(contents(folder)) == {str(folder / name) for name in written}
     x = torch.randn(3, 3, 9, 10)
     with torch.no_grad():
         found = rgc.load("model.fused.pt2")(x)
@@ -181,7 +182,9 @@ def test_a_zoo_model_goes_to_the_working_directory_and_is_the_same_every_time(
 ) -> None:
     assert run(["compile", "zoo:reducenet20", "--format", "python"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("wrote reducenet20.fused/ (")
-    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {"model.py", "model.safetensors"}
+    assert {path.name for path in (folder / "reducenet20.fused").iterdir()} == {
+        "certificate.json", "model.py", "model.safetensors",
+    }  # fmt: skip
     assert run(["verify", "zoo:reducenet20", "reducenet20.fused/", "--trust"]) == 0
 
 
@@ -208,7 +211,7 @@ def test_the_report_is_written_as_json(folder: Path) -> None:
     assert report["max_error"] <= 1e-10
     assert report["verification"]["level"] == "full"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "model.fused.pt2", "model.pt", "report.json",
+        "model.fused.pt2", "model.fused.pt2.certificate.json", "model.pt", "report.json",
     ]  # fmt: skip
 
 
@@ -288,8 +291,35 @@ def test_passes_lists_all_and_explains_one(folder: Path, capsys: pytest.CaptureF
     assert "bn(conv(x))   with x: Value, conv: Conv | AvgPool, bn: BatchNorm" in shown
     assert "convolution without bias" in shown
     assert "batch statistics" in shown
+    assert "may refuse because" in shown and "it reads {x}" in " ".join(shown.split())
+    assert "not tried here: --prove" in shown
     assert run(["passes", "hygiene"]) == 0
     assert "has no pattern" in capsys.readouterr().out
+
+
+def test_passes_proves_one_and_says_how_probably_a_wrong_one_passes(
+    folder: Path, capsys: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    assert run(["passes", "fold_border", "--prove"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "equal, no rounding a wrong rewrite passes with a chance of at most" in shown
+    assert "evidence bitwise" in shown or "evidence exact" in shown
+    assert "assuming the replacement's numbers are polynomials" in shown
+    (folder / "mine.py").write_text(
+        "from torch import nn\nfrom rgc import Activation, Value, rewrite\n\n\n"
+        "@rewrite(lambda x, act: act(x))\ndef lose(x: Value, act: Activation) -> Value:\n    return x\n\n\n"
+        "@lose.fires_on(shape=(2, 3))\ndef relu() -> nn.Module:\n    return nn.Sequential(nn.ReLU()).eval()\n"
+    )
+    line = fails("passes", "lose", "--prove", "--plugin", "mine.py", status=1)
+    assert "lose on the example 'relu': no law: [relu] became [nothing], and at " in line
+
+
+def test_passes_proves_all_in_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("rgc.passes.ALL", (rgc.passes.fold_border, rgc.passes.drop_identity))
+    monkeypatch.setattr("rgc.passes.OPT_IN", ())
+    assert run(["passes", "--prove"]) == 0
+    names = [row.split()[0] for row in capsys.readouterr().out.splitlines()]
+    assert names[:3] == ["pass", "fold_border", "drop_identity"]
 
 
 def test_a_plugin_adds_its_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,6 +410,14 @@ def test_a_model_that_nobody_knows_needs_an_input(fails: Fails) -> None:
         (["compile", "model.pt", *SMALL, "--output", "no/such/x.pt2"], "there is no folder"),
         (["compile", "model.pt", *SMALL, "--report", "no/x.json"], "there is no folder"),
         (["compile", "model.pt", *SMALL, "--report", "x.html"], "writes .json reports only"),
+        (["compile", "model.pt", *SMALL, "--bisect"], "--bisect: say with --data FILE on which inputs"),
+        (["compile", "model.pt", *SMALL, "--bisect", "--output", "x.pt2"], "--bisect: leave --output out"),
+        (["compile", "model.pt", *SMALL, "--data", "none.pt"], "none.pt: no such file of inputs"),
+        (["compile", "model.pt", "--plan", "p.json", "--passes", "all"], "--plan: leave --passes out"),
+        (["compile", "model.pt", "--plan", "none.json"], "none.json: cannot be read"),
+        (["compile", "model.pt", *SMALL, "--save-plan", "p.txt"], "a plan is written as .json"),
+        (["compile", "model.pt", *SMALL, "--save-plan", "no/p.json"], "there is no folder"),
+        (["compile", "model.pt", *SMALL, "--report", "r.json", "--save-plan", "r.json"], "is the report itself"),
         (["inspect", "model.pt", *SMALL, "--plugin", "x.py"], "say with --passes"),
         (["passes", "--plugin", "none.py"], "no such file of passes"),
         (["passes", "--plugin", "none"], "no module 'none'"),
@@ -458,7 +496,7 @@ def test_an_artifact_larger_than_the_memory_is_not_read(fails: Fails, compiled: 
     arguments = ("verify", "model.pt", str(compiled / "model.pt2"), *SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rgc.cli.process_within", lambda _: contextlib.nullcontext())  # which would stop it before
-        assert "is larger than the 0.0 MiB that are read (--limit memory=)" in fails(
+        assert "is larger than the 1.0 KiB that are read (--limit memory=)" in fails(
             *arguments, "--limit", "memory=1KiB"
         )
 
@@ -713,3 +751,170 @@ def test_calibrate_refuses_wrong_options(fails: Fails) -> None:
     assert "server.json: cannot be read" in fails("compile", "model.pt", *SMALL, "--target", "server.json")
     if not torch.cuda.is_available():
         assert "target cuda: this PyTorch sees no GPU" in fails("calibrate", "--target", "cuda")
+
+
+# --- a user's own inputs, and plans ---------------------------------------------------------------------------------
+
+WIDE_CLAMP = '''"""A pass that is wrong beyond a clamp."""
+
+from rgc import Activation, Identity, Value, require, rewrite
+
+
+@rewrite(lambda x, clamp: clamp(x))
+def lose_wide_clamp(x: Value, clamp: Activation) -> Value:
+    """Wrong where values lie beyond the clamp."""
+    require(clamp.name == "hardtanh", "not a clamp")
+    return Identity("lost")(x)
+'''
+
+
+def test_bisect_names_the_rewrite_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {"conv": nn.Conv2d(3, 8, 3), "bn": nn.BatchNorm2d(8), "clamp": nn.Hardtanh(-1e6, 1e6)}
+    torch.save(randomised(nn.Sequential(OrderedDict(layers))), "clamped.pt")
+    (folder / "wide.py").write_text(WIDE_CLAMP)
+    data = torch.randn(4, 3, 12, 11)
+    torch.save(data, "near.pt")
+    data[2] *= 1e9
+    torch.save({"input": data}, "far.pt")
+    before = contents(folder)
+    command = ["compile", "clamped.pt", *SMALL, "--bisect", "--plugin", "wide.py", "--data"]
+    assert run([*command, "near.pt"]) == 0
+    assert capsys.readouterr().out == "equal on all 4 samples\n"
+    assert run([*command, "far.pt"]) == 1
+    seen = capsys.readouterr()
+    assert seen.err == "" and "lose_wide_clamp at clamp" in seen.out and "sample 2 of the data" in seen.out
+    assert run([*command, "far.pt", "--passes", "default,-lose_wide_clamp"]) == 0
+    assert contents(folder) == before
+
+
+def test_data_join_the_proof_of_compile_and_verify(
+    compiled: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torch.randn(5, 3, 12, 11), "data.pt")
+    for artifact in ("model.pt2", "model.onnx"):
+        command = ["verify", str(compiled / "model.pt"), str(compiled / artifact), *SMALL]
+        counts = []
+        for more in ([], ["--data", "data.pt"]):
+            assert run([*command, *more]) == 0
+            (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("inputs")]
+            counts.append(int(line.split()[1]))
+        assert counts[1] == counts[0] + 5
+    torch.save(torch.randn(5, 3, 13, 11), "taller.pt")
+    assert run(["compile", "model.pt", *SMALL, "--data", "taller.pt", "--output", "fused.pt2"]) == 0
+    torch.save(torch.randn(5, 2, 12, 11), "thin.pt")
+    assert run(["compile", "model.pt", *SMALL, "--data", "thin.pt"]) == 2
+    assert "the model does not run on sample 0 of the data" in capsys.readouterr().err
+
+
+def test_a_plan_is_saved_and_taken_for_the_next_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "model.pt", *SMALL, "--save-plan", "plan.json", "--output", "first/"]) == 0
+    torch.manual_seed(7)
+    other = small_model()
+    with torch.no_grad():
+        other[0].weight.mul_(0.5)  # type: ignore[index]
+    torch.save(other, "next.pt")
+    assert run(["compile", "next.pt", "--plan", "plan.json", "--output", "second/"]) == 0
+    assert run(["compile", "next.pt", *SMALL, "--output", "afresh/"]) == 0
+    files = [{path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("second", "afresh")]
+    for each in files:
+        each.pop("certificate.json")  # which names the options, a plan among them
+    assert files[0] == files[1]
+    torch.save(linear_reducenet(), "other.pt")
+    capsys.readouterr()
+    assert run(["compile", "other.pt", "--plan", "plan.json"]) == 2
+    assert "plan.json: is the plan of another model" in capsys.readouterr().err
+
+
+RELU_ONCE = """
+from torch import nn
+
+from rgc import Activation, Value, require, rewrite
+
+
+@rewrite(lambda x, first, second: second(first(x)))
+def relu_once(x: Value, first: Activation, second: Activation) -> Value:
+    '''relu(relu(x)) = relu(x).'''
+    require(first.name == second.name == "relu", "not two ReLUs")
+    return first(x)
+
+
+@relu_once.fires_on(shape=(2, 3))
+def relus() -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.ReLU())
+
+
+@relu_once.leaves_alone(shape=(2, 3), because="not two ReLUs")
+def relu_and_gelu() -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.GELU())
+"""
+NO_MODELS = ["--examples", "0", "--no-mutation"]
+
+
+def test_a_pass_is_tested_and_what_is_wrong_is_told_with_a_program(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mine.py").write_text(RELU_ONCE.replace("nn.ReLU(), nn.ReLU()", "nn.ReLU(), nn.Tanh()"))
+    before = contents(folder)
+    assert run(["test", "mine.py", *NO_MODELS]) == 1
+    said, errors = capsys.readouterr()
+    assert not errors
+    assert {path: told for path, told in contents(folder).items() if "__pycache__" not in path} == before
+    assert "wrong: relu_once on the example 'relus' (seed 0): it must fire, but refuses: not two ReLUs" in said
+    assert "    import rgc\n" in said and "self.m_1 = nn.Tanh()" in said
+    assert [line.split()[0] for line in said.splitlines()[2:6]] == ["examples", "laws", "fuzzing", "mutation"]
+
+
+def test_a_pass_with_which_nothing_is_wrong_exits_with_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.py").write_text(RELU_ONCE)
+    assert run(["test", "mine.py", *NO_MODELS]) == 0
+    assert "wrong: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["none.py"], "none.py: no such file of passes"),
+    (["none"], "no module 'none' for passes"),
+    (["empty.py"], "defines no pass; decorate a function with @rgc.rewrite"),
+    (["syntax.py"], "syntax.py: cannot be loaded (line 2: SyntaxError"),
+    (["raises.py"], "raises.py: cannot be loaded (line 1: ZeroDivisionError"),
+    (["mine.py", "--examples", "-1"], "--examples"),
+    ([], "Missing argument 'FILE|MODULE'"),
+])  # fmt: skip
+def test_what_holds_no_pass_is_refused_in_a_line(fails: Fails, folder: Path, arguments: list[str], reason: str) -> None:
+    for name, text in {"empty": "x = 1\n", "syntax": "x = 1\nx = = 2\n", "raises": "1 / 0\n", "mine": PLUGIN}.items():
+        (folder / f"{name}.py").write_text(text)
+    assert reason in fails("test", *arguments)
+
+
+def test_a_plugin_may_not_replace_a_pass_unseen(fails: Fails, folder: Path) -> None:
+    (folder / "mine.py").write_text(PLUGIN)
+    (folder / "other.py").write_text(PLUGIN)
+    (folder / "clash.py").write_text(PLUGIN.replace("keep_activation", "fold_scale"))
+    command = ["compile", "model.pt", *SMALL]
+    assert "the pass fold_scale has the name of a built-in pass" in fails(*command, "--plugin", "clash.py")
+    assert "another plugin has a pass keep_activation too" in fails(
+        *command, "--plugin", "mine.py", "--plugin", "other.py"
+    )
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("body", "reason"), [
+    ("raise ValueError('no idea')", "it raised ValueError: no idea (mine.py:8)"),
+    ("return 3", "it must return a Value, returned int"),
+    ("conv.weight.mul_(2); return x", "overwrites a weight (mine.py:8)"),
+    ("return conv(conv(x))", "weight expects 3 input channels, got 8"),
+])  # fmt: skip
+def test_errors_inside_a_plugin_are_reported_by_its_name_and_the_model_stays(
+    folder: Path, body: str, reason: str, double: bool
+) -> None:
+    (folder / "mine.py").write_text(
+        f"from rgc import Conv, Value, rewrite\n\n\n@rewrite(lambda x, conv: conv(x))\n"
+        f"def mine(x: Value, conv: Conv) -> Value:\n    # of a user\n    # who errs\n    {body}\n"
+    )
+    model = small_model().double() if double else small_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(1, 3, 12, 11, dtype=torch.float64 if double else torch.float32)
+    report = rgc.compile(model, x, passes=["default", str(folder / "mine.py")]).report
+    assert {failure.rewrite for failure in report.failures} == {"mine"}
+    assert reason in report.failures[0].reason
+    assert any(firing.rewrite == "fold_batchnorm" for firing in report.rewrites)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

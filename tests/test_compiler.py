@@ -9,7 +9,8 @@ import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import rgc
 from rgc.errors import InputError, NotEquivalentError, RgcError
+from rgc.testing import randomize
 
 X = torch.randn(2, 4, 9, 8)
 
@@ -160,6 +162,64 @@ def test_a_model_that_runs_in_its_own_dtype_only_is_proved_in_that_and_says_so()
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
 
 
+SINGLE = torch.eye(8)
+
+
+class InSingle(nn.Module):
+    """Runs in float32 only; and is untraceable as a whole, if it ``branches``."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x) + self.part(x)
+        if self.branches and x.numpy().dtype == "float32" and float(y.detach().sum()) > 1e9:
+            return -y
+        return nn.functional.linear(y, SINGLE)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_model_that_runs_in_single_precision_only_keeps_no_weight_in_float64(branches: bool) -> None:
+    model = randomize(InSingle(branches))
+    x = torch.randn(2, 3, 8, 8)
+    compiled = rgc.compile(model, x, objective="depth")
+    assert compiled.report.tier == ("submodules" if branches else "torch.fx")
+    assert "does not run in float64" in compiled.report.notes[0] and compiled.report.max_error is None
+    assert any(firing.rewrite == "fold_batchnorm" for firing in compiled.report.rewrites)
+    assert {tensor.dtype for tensor in compiled.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Spectral(nn.Module):
+    """A filter of complex weights in the frequencies of the last axis, as in a Fourier layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(3, 1, 5, dtype=torch.complex64))
+        self.rest = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.rest(torch.fft.irfft(torch.fft.rfft(x) * (self.filter * 2), n=x.shape[-1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_weights_stay_complex_in_the_precision_of_the_result(dtype: torch.dtype) -> None:
+    model = randomize(Spectral())
+    x = torch.randn(2, 3, 8, 8)
+    compiled = rgc.compile(model, x, dtype=dtype)
+    assert compiled.report.max_error is not None and not compiled.report.failures
+    assert [each.rewrite for each in compiled.report.rewrites] == ["fold_batchnorm"]
+    assert compiled(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(compiled(x.to(dtype)).float(), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dtype_that_the_model_does_not_run_in_is_refused() -> None:
+    with pytest.raises(InputError, match="the model does not run in bfloat16 on an input of 2x3x8x8: .*"):
+        rgc.compile(randomize(Spectral()), torch.randn(2, 3, 8, 8), dtype=torch.bfloat16)
+
+
 def test_an_empty_model_compiles_to_nothing() -> None:
     compiled = rgc.compile(nn.Sequential().eval(), X)
     assert torch.equal(compiled(X), X) and compiled.report.ops_after.total() == 0
@@ -245,3 +305,166 @@ def test_hooks_on_the_result_are_called() -> None:
     compiled.register_forward_hook(lambda module, args, result: seen.append("after"))
     compiled(X)
     assert seen == ["before", "layer", "after"]
+
+
+# --- a difference on a user's own data -----------------------------------------------------------------------------
+
+
+@rgc.rewrite(lambda x, clamp: clamp(x), weighed=False)
+def lose_wide_clamp(x: rgc.Value, clamp: rgc.Activation) -> rgc.Value:
+    """Wrong on purpose, where values lie beyond the clamp."""
+    rgc.require(clamp.name == "hardtanh", "not a clamp")
+    return rgc.Identity("lost")(x)
+
+
+def clamped() -> nn.Module:
+    layers = {"first": nn.Conv2d(4, 4, 3), "norm": nn.BatchNorm2d(4), "clamp": nn.Hardtanh(-1e6, 1e6)}
+    return randomize(nn.Sequential(OrderedDict({**layers, "last": nn.Conv2d(4, 4, 1)})))
+
+
+def data_that_reach_it() -> Tensor:
+    data = torch.randn(7, 4, 9, 8, generator=torch.Generator().manual_seed(1))
+    data[4] *= 1e9
+    return data
+
+
+def test_bisect_names_the_firing_its_place_and_the_sample_on_which_it_shows() -> None:
+    model, data = clamped(), data_that_reach_it()
+    before = copy.deepcopy(model.state_dict())
+    found = rgc.bisect(model, X, data, passes=["default", lose_wide_clamp])
+    assert not found.equal and found.culprit == "lose_wide_clamp at clamp" and found.firing is not None
+    assert found.firing.sources == ("clamp",) and 1 <= found.number <= found.firings
+    assert found.sample == "sample 4 of the data" and found.precision == "float64"
+    assert found.before < 1e-10 == found.allowed and found.after > 1
+    assert (
+        rgc.bisect(model, X, data).equal and rgc.bisect(model, X, data[:4], passes=["default", lose_wide_clamp]).equal
+    )
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_data_join_the_proof_and_what_they_undo_stays_undone_in_the_plan() -> None:
+    model, data = clamped(), data_that_reach_it()
+    compiled = rgc.compile(model, X, passes=["default", lose_wide_clamp], data=data)
+    (failure,) = compiled.report.failures
+    assert (failure.rewrite, failure.where) == ("lose_wide_clamp", "clamp")
+    assert "of the data)" in failure.reason and compiled.report.ops_after["Hardtanh"] == 1
+    applied = compiled.plan.apply(model.state_dict())
+    assert applied.report.ops_after["Hardtanh"] == 1 and applied.code == compiled.code
+    wrong = rgc.compile(model, X, passes=["default", lose_wide_clamp])
+    assert rgc.verify(model, wrong, X).equal
+    assert "of the data)" in rgc.verify(model, wrong, X, data=data).reason
+    assert rgc.verify(model, compiled, X, data=data).equal
+
+
+@rgc.rewrite(lambda x, conv, relu: relu(conv(x)), weighed=False)
+def shift_there_and_back(x: rgc.Value, conv: rgc.Conv, relu: rgc.Activation) -> rgc.Value:
+    """Equal in the reals, and ruinous in float32."""
+    assert conv.bias is not None
+    rgc.require(float(conv.bias.abs().max()) < 1e3, "shifted already")
+    rgc.require(all(getattr(conv, name) is not None for name in ("stride", "padding", "dilation")), "has a geometry")
+    one = torch.ones(conv.out_channels, dtype=torch.float64)
+    return relu(rgc.Scale(one, -1e5 * one, 2)(replace(conv, bias=conv.bias.double() + 1e5)(x)))
+
+
+def test_a_rewrite_that_only_the_deployed_dtype_shows_to_be_wrong_is_found_and_the_rest_kept() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    report = rgc.compile(model, X, passes=["fold_batchnorm", shift_there_and_back]).report
+    (failure,) = report.failures
+    assert failure.rewrite == "shift_there_and_back" and "in float32" in failure.reason
+    assert report.tier == "torch.fx" and [firing.rewrite for firing in report.rewrites] == ["fold_batchnorm"]
+
+
+class BurnedIn(nn.Module):
+    """Its forward looks at values only where they are real, so a trace knows one of its ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y * 2 if type(x) is Tensor and float(x.max()) > 1e6 else y
+
+
+def test_a_way_that_the_trace_does_not_know_is_the_fault_of_no_firing() -> None:
+    model, data = randomize(BurnedIn()), data_that_reach_it()
+    found = rgc.bisect(model, X, data)
+    assert not found.equal and found.firing is None and found.culprit == "the trace itself (torch.fx)"
+    assert found.sample == "sample 4 of the data" and found.firings > 0
+    compiled = rgc.compile(model, X, data=data)
+    assert compiled.report.tier == "submodules", "the next tier is tried, and the last is the model itself"
+    assert torch.equal(compiled(data), model(data))
+
+
+def test_data_of_a_size_that_the_result_does_not_take_are_refused() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 42, 2)))
+    with pytest.raises(InputError, match="does not run on sample"):
+        rgc.bisect(model, X, torch.randn(3, 4, 9, 9))
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)))
+    with pytest.raises(InputError, match=r"the data are of 4x9x9, .* holds at the example's size only, which is 4x9x8"):
+        rgc.bisect(model, X, torch.randn(3, 4, 9, 9), passes="all", objective="depth")
+
+
+def test_a_culprit_inside_a_part_that_is_compiled_in_place_is_named_by_its_whole_path() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = clamped()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.part(x)
+            return y * 2 if float(y.detach().sum()) > 0 else y
+
+    model = Untraceable().eval()
+    found = rgc.bisect(model, X, data_that_reach_it(), passes=["default", lose_wide_clamp])
+    assert found.tier == "submodules" and found.culprit == "lose_wide_clamp at part.clamp"
+    report = rgc.compile(model, X, passes=["default", lose_wide_clamp], data=data_that_reach_it()).report
+    assert [(each.rewrite, each.where) for each in report.failures] == [("lose_wide_clamp", "part.clamp")]
+    assert any(firing.where == "part.norm" for firing in report.rewrites), "the rest of the part stays compiled"
+
+
+def _folds_beyond_float16() -> nn.Module:
+    """A convolution and a batch norm that float16 holds, and whose product it does not."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    with torch.no_grad():
+        model[0].weight.fill_(400.0)
+        model[0].weight[:, 1:].fill_(-200.0)
+        model[0].bias.zero_()
+        model[1].running_mean.zero_()
+        model[1].running_var.fill_(0.0)
+        model[1].weight.fill_(1.0)
+    return model.half()
+
+
+def test_a_merge_whose_weights_leave_the_range_of_float16_is_refused_by_name() -> None:
+    x = torch.randn(2, 3, 6, 6).half() / 1000
+    report = rgc.compile(_folds_beyond_float16(), x).report
+    assert not [firing for firing in report.rewrites if firing.rewrite == "fold_batchnorm"] and not report.failures
+    (refused,) = [each for each in report.refusals if each.rewrite == "fold_batchnorm"]
+    assert refused.reason == "of the result, 1.26e+05 is beyond the range of float16 (at most 65504)"
+    assert report.ops_after["BatchNorm2d"] == 1
+    kept = rgc.compile(_folds_beyond_float16(), x, dtype=torch.bfloat16).report
+    assert kept.ops_after["BatchNorm2d"] == 0  # whose range is that of float32
+
+
+def test_a_model_whose_own_weights_leave_the_range_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        model[1].weight.fill_(1e5)
+    with pytest.raises(NotEquivalentError, match=r"1: 1e\+05 is beyond the range of float16 .*; choose bfloat16 or"):
+        rgc.compile(model, torch.randn(1, 4), dtype=torch.float16)
+
+
+def test_a_merge_whose_weights_fade_in_float16_is_refused_by_name_where_it_matters() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False)
+    ).eval()
+    with torch.no_grad():
+        for layer, factor in zip((model[0], model[1], model[3]), (1e-3, 3e-4, 1e4), strict=True):
+            layer.weight.mul_(factor)
+    x = torch.randn(1, 3, 8, 8) * 100
+    assert rgc.compile(model, x, objective="depth").report.ops_after["Conv2d"] == 2
+    report = rgc.compile(model, x, objective="depth", dtype=torch.float16).report
+    reasons = [each.reason for each in report.refusals if each.rewrite == "merge_pointwise"]
+    assert report.ops_after["Conv2d"] == 3 and not report.failures
+    assert "of the result, float16 keeps fewer than 8 bits of the weights of a channel" in reasons[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import rgc
 from rgc import (
@@ -41,6 +43,7 @@ from rgc.cost import (
 )
 from rgc.ir import Input, TensorType
 from rgc.operators import Slot
+from rgc.testing import randomize
 
 
 def source(channels: int = 64, size: int = 28) -> Value:
@@ -156,6 +159,8 @@ def test_kernels_have_one_name_each() -> None:
         conv(8, 8, 1, groups=2): "1x1 grouped",
         Conv(torch.zeros(8, 4, 2, 2), stride=2, transposed=True): "2x2/2 transposed",
         Conv(torch.zeros(4, 8, 1, 3)): "1x3 dense",
+        conv(8, 4, 3, ones=torch.zeros(4, 3, 3)): "3x3 unaligned dense",
+        conv(8, 4, 1, stride=2, ones=torch.zeros(4, 1, 1)): "1x1/2 unaligned dense",
     }
     assert {op: Kernel.of(op(x)).name for op in names} == names
     flat, row = (Value(Input("y"), (), TensorType(shape, torch.float32)) for shape in ((2, 8), (1, 8, 16)))
@@ -171,6 +176,36 @@ def test_a_layer_has_channels_per_group_groups_and_positions() -> None:
     assert layer_size(AvgPool((2, 2), (2, 2), (0, 0))(x)) == (1, 1, 8, 2 * 5 * 5)
     assert work(AvgPool((2, 2), (2, 2), (0, 0))(x)) == 2 * 8 * 5 * 5 * 4
     assert work(conv(8, 12, 3)(x)) == macs(conv(8, 12, 3)(x))
+
+
+def test_a_channel_of_ones_is_one_more_channel() -> None:
+    x, op = source(8, 10), conv(8, 12, 3, padding=1, ones=torch.zeros(12, 3, 3))
+    beside = conv(9, 12, 3, padding=1)(source(9, 10))
+    assert macs(op(x)) == macs(beside) and parameters(op(x)) == parameters(beside)
+    assert layer_size(op(x)) == layer_size(beside) and Kernel.of(op(x)) == Kernel.of(beside)
+    assert Kernel.of(conv(3, 12, 3)(source(3, 10))).name == "3x3 dense"  # nobody vectorises over so few
+
+
+def test_unaligned_channels_are_slower_unless_they_were_measured() -> None:
+    seventeen = conv(17, 16, 3, padding=1)(source(17, 7))
+    known = Target.of(calibration(k3x3_dense=THREES))
+    rate = known.efficiency["3x3 dense"].at(layer_size(seventeen))[0]
+    assert not known.is_measured(seventeen)
+    assert known.seconds(seventeen) == pytest.approx(1e-5 + 2 * macs(seventeen) / (rate / 2 * 1e9))
+    unaligned = ((17.0, 16.0, 1.0, 49.0, 0.4),)
+    measured = replace(known, efficiency={**known.efficiency, "3x3 unaligned dense": Efficiency(unaligned)})
+    assert measured.is_measured(seventeen)
+    assert measured.seconds(seventeen) == pytest.approx(1e-5 + 2 * macs(seventeen) / 0.4e9)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64])
+def test_a_channel_of_ones_that_costs_more_than_it_saves_is_refused(channels: int) -> None:
+    torch.manual_seed(channels)
+    layers = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
+    model, x = randomize(nn.Sequential(nn.ReLU(), *layers).eval()), torch.randn(1, channels, 14, 14)
+    fast, short = (rgc.compile(model, x, objective=objective).report for objective in ("latency", "depth"))
+    assert fast.ops_after["Conv2d"] == 2 and short.ops_after["Conv2d"] == 1
+    assert any("estimated slower" in refused.reason for refused in fast.refusals)
 
 
 def test_an_efficiency_stays_between_its_points_and_says_where_it_leaves_them() -> None:

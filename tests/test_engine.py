@@ -664,3 +664,13 @@ def test_a_predicate_that_raises_is_reported_and_the_model_is_kept() -> None:
     report = rgc.compile(model, torch.randn(1, 3, 8, 8), passes=["default", nosy], objective="depth").report
     assert "its predicate is_easy raised KeyError: 'easy'" in [each.reason for each in report.failures]
     assert [each.rewrite for each in report.rewrites] == ["fold_batchnorm"]
+
+
+def test_a_long_chain_merges_in_pairs_so_that_few_merges_are_large() -> None:
+    torch.manual_seed(0)
+    model = randomize(nn.Sequential(*(nn.Conv2d(2, 2, 3) for _ in range(8))).eval())
+    found = rgc.compile(model, torch.randn(1, 2, 20, 20), passes=["merge_stage"], objective="depth").report
+    assert found.ops_after.total() == 1
+    assert sorted(label for firing in found.rewrites for label in firing.result) == sorted(
+        f"conv {k}x{k} 2->2" for k in (5, 5, 5, 5, 9, 9, 17)
+    )

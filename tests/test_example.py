@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def test_a_call_is_traced_and_repeated_with(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "starred arguments"])  # export trips over **kwargs
 def test_export_takes_the_same_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rgc.compiler.TIERS", ("torch.export", "submodules"))
+    monkeypatch.setattr("rgc.attempt.TIERS", ("torch.export", "submodules"))
     forward, example = CALLS[name]
     model = model_of(forward)
     compiled = rgc.compile(model, example)
@@ -231,6 +232,21 @@ def test_a_copied_model_takes_its_plain_tensors_along() -> None:
     assert copied.shift.dtype == copied.computed.dtype == copied.weight.dtype == torch.float64
     assert copied.shift is not model.shift and model.shift.dtype == torch.float32
     assert copy_model(model, share_parameters=True).weight is model.weight
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [
+    (torch.float64, torch.complex128), (torch.float32, torch.complex64), (torch.bfloat16, torch.complex64),
+])  # fmt: skip
+def test_a_copied_model_keeps_the_imaginary_parts_of_its_weights(dtype: torch.dtype, wanted: torch.dtype) -> None:
+    model = nn.Linear(2, 2)
+    model.filter = nn.Parameter(torch.tensor([1 + 2j]))
+    model.register_buffer("phase", torch.tensor([3j]))
+    model.plain = torch.tensor([1 - 1j])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as PyTorch warns where it discards them
+        copied = copy_model(model, dtype=dtype)
+    assert copied.weight.dtype == dtype and copied.filter.dtype == copied.phase.dtype == copied.plain.dtype == wanted
+    assert (copied.filter.item(), copied.phase.item(), copied.plain.item()) == (1 + 2j, 3j, 1 - 1j)
 
 
 def test_random_numbers_drawn_inside_do_not_show_outside() -> None:

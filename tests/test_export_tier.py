@@ -36,7 +36,7 @@ def _on_multiples_of_three(m: Any, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def without_the_first_tier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rgc.compiler.TIERS", ("torch.export", "submodules"))
+    monkeypatch.setattr("rgc.attempt.TIERS", ("torch.export", "submodules"))
 
 
 @pytest.mark.usefixtures("without_the_first_tier")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +12,13 @@ from torch import nn
 
 import rgc
 from rgc import BatchNorm, Conv, Value, fuzzing, rewrite
+from rgc.compiler import trace
 from rgc.errors import InputError
-from rgc.fuzzing import Setting, check_recipe, drawn, pass_sets
+from rgc.fuzzing import DTYPES, MADE, VOCABULARY, Setting, check_recipe, drawn, pass_sets
+from rgc.ir import Input, Operator
 from rgc.passes import ALL, OPT_IN
 from rgc.recipe import Recipe, Step
+from rgc.region import Join, Region
 from rgc.testing import fuzz
 
 #: Random models in ``make test``; thousands by ``python -m benchmarks.fuzz``.
@@ -40,6 +45,77 @@ def test_random_models_stay_equal_under_every_set_of_passes_and_objective(part: 
     assert len(tally.firings) > 8 and len(tally.operators) > 12
 
 
+def operators(kind: type[Operator] = Operator) -> Iterator[type[Operator]]:
+    for each in kind.__subclasses__():
+        yield from operators(each)
+        if not inspect.isabstract(each) and each.__module__.startswith("rgc."):
+            yield each
+
+
+def test_the_vocabulary_is_every_operator_that_a_graph_can_hold() -> None:
+    patterns = {Join, Region}  # what a rule matches, never what a graph holds
+    assert len(VOCABULARY) + len(MADE) == len({*VOCABULARY, *MADE})
+    assert {*VOCABULARY, *MADE, *patterns, Input} == set(operators())
+
+
+def test_random_models_reach_every_operator_that_tracing_makes() -> None:
+    missing = set(VOCABULARY)
+    for index in range(300):
+        recipe, _ = drawn(0, index)
+        traced = trace(recipe.model(torch.float64), recipe.call(torch.float64))
+        missing -= {type(value.op) for value in traced.graph.nodes()}
+        if not missing:
+            return
+    pytest.fail(f"no random model has {', '.join(each.__name__ for each in missing)}: add a maker to rgc.recipe_steps")
+
+
+def test_random_models_reach_every_operator_that_rewrites_make() -> None:
+    missing = set(MADE)
+    for index in range(400):
+        recipe, _ = drawn(0, index)
+        if "mean" not in recipe.source and "AdaptiveAvgPool" not in recipe.source:
+            continue  # so that this takes seconds
+        traced = trace(recipe.model(torch.float64), recipe.call(torch.float64), passes="all", objective="macs")
+        missing -= {type(value.op) for value in traced.graph.nodes()}
+        if not missing:
+            return
+    pytest.fail(f"no rewrite of a random model makes {', '.join(each.__name__ for each in missing)}")
+
+
+def test_the_settings_reach_every_dtype_and_both_ways_of_calling() -> None:
+    settings = [drawn(0, index)[1] for index in range(40)]
+    assert {each.dtype for each in settings} == set(DTYPES) and {each.by_name for each in settings} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", sorted(set(DTYPES), key=str))
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_model_is_checked_in_its_own_dtype_and_called_as_it_was_compiled(dtype: torch.dtype, by_name: bool) -> None:
+    tally = fuzzing.Tally()
+    assert check_recipe(FOLDABLE, Setting(dtype=dtype, by_name=by_name), tally) is None
+    assert tally.equal == 1 and tally.comparisons == 6 and list(tally.dtypes) == [str(dtype).removeprefix("torch.")]
+
+
+def test_an_output_put_together_in_another_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, compiled: rgc.CompiledModule) -> None:
+            super().__init__()
+            self.compiled, self.report = compiled, compiled.report
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return [self.compiled(x)]
+
+    monkeypatch.setattr(fuzzing, "compile", lambda *args, **options: Wrapped(rgc.compile(*args, **options)))
+    found = check_recipe(FOLDABLE, Setting())
+    assert found is not None and found.kind == "differs"
+
+
+def test_a_model_that_overflows_in_its_own_dtype_is_no_model_to_compare() -> None:
+    tally = fuzzing.Tally()
+    large = Recipe((("x0", (2, 3)),), (), (), (Step("{y0} = {0} * 60000.0 * 60000.0", ("x0",), ("v0",)),), ("v0",))
+    assert check_recipe(large, Setting(dtype=torch.float16), tally) is None
+    assert (tally.unusable, tally.equal) == (1, 0)
+
+
 def test_every_pass_is_left_out_of_some_set_and_each_set_is_one_that_compile_takes() -> None:
     sets = set(pass_sets())
     assert {"default", "all"} < sets and any(OPT_IN[0].name in each for each in sets)
@@ -52,10 +128,10 @@ def test_a_rewrite_that_is_wrong_is_found_made_small_and_shown_by_a_program() ->
     def fold_twice(x: Value, conv: Conv, bn: BatchNorm) -> Value:
         return (bn.as_linear() @ bn.as_linear() @ conv)(x)
 
-    tally = fuzz(50, seed=1, passes=[(fold_twice,)])
+    tally = fuzz(25, seed=1, passes=[(fold_twice,)])
     assert {fault.kind for fault in tally.faults} <= {"failure of fold_twice", "raises NotEquivalentError"}
     assert tally.faults
-    assert all(len(fault.recipe.steps) == 2 for fault in tally.faults[:1]), tally.faults[0].script
+    assert min(len(fault.recipe.steps) for fault in tally.faults) == 2, tally.faults[0].script
 
 
 def spoiled(model: nn.Module, inputs: Any, **options: Any) -> rgc.CompiledModule:
@@ -101,7 +177,9 @@ def test_a_refusal_is_counted_and_any_other_error_is_a_fault(
 
 
 def test_a_fault_shows_as_a_program_with_the_way_of_compiling_and_the_reason() -> None:
-    program = fuzzing.Fault("differs", "by much", FOLDABLE, Setting("all,-collapse", "depth", double=False)).script
+    program = fuzzing.Fault(
+        "differs", "by much", FOLDABLE, Setting("all,-collapse", "depth", dtype=torch.float32)
+    ).script
     assert program.startswith("# differs: by much\n") and FOLDABLE.source in program
     assert "passes='all,-collapse', objective='depth', strict=False" in program and "torch.float32" in program
     compile(program, "<fault>", "exec")

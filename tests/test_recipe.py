@@ -48,6 +48,24 @@ def test_the_source_is_a_plain_module() -> None:
     ]
 
 
+def test_a_named_tuple_is_defined_before_the_model_and_a_layer_has_two_names() -> None:
+    layers = (*RECIPE.layers, ("m3", "self.m2"), ("m4", "self.m3"))
+    last = Step("{y0} = {m}({0})", ("v5",), ("v6",), "m4")
+    recipe = replace(
+        RECIPE, layers=layers, steps=(*RECIPE.steps, last), returned=("v6", "x0"), structure="Pair({0}, {1})"
+    )
+    assert recipe.source.startswith("Pair = namedtuple('Pair', ['first', 'second'])\n\nclass Model")
+    model = recipe.model()
+    output = model(*recipe.call())
+    assert output._fields == ("first", "second") and torch.equal(output.second, recipe.call()[0])
+    assert model.get_submodule("m4") is model.get_submodule("m2")
+    pruned = replace(
+        recipe, steps=(replace(last, inputs=("x0",)),), returned=("v6",), structure="{0}", ties=()
+    ).pruned()
+    assert [name for name, _ in pruned.layers] == ["m2", "m3", "m4"]
+    pruned.model()(*pruned.call())
+
+
 def test_the_model_is_the_same_every_time_has_random_statistics_and_tied_weights() -> None:
     state = torch.random.get_rng_state()
     first, second = RECIPE.model(), RECIPE.model(torch.float64)
@@ -90,9 +108,13 @@ def test_reducing_leaves_out_all_that_the_failure_does_not_need() -> None:
     assert reduced(RECIPE, lambda _: True, attempts=0) == RECIPE
 
 
-def test_the_script_runs_and_fails_as_long_as_the_results_differ(capsys: pytest.CaptureFixture[str]) -> None:
-    program = script(RECIPE, {"passes": "default", "objective": "depth", "strict": True}, torch.float64, "a\nreason")
-    assert program.startswith("# a\n# reason\nimport torch\n")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_script_runs_and_fails_as_long_as_the_results_differ(
+    by_name: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"passes": "default", "objective": "depth", "strict": True}
+    program = script(RECIPE, options, torch.float64, "a\nreason", by_name=by_name)
+    assert program.startswith("# a\n# reason\nfrom collections import OrderedDict, namedtuple\n")
     exec(compile(program, "<script>", "exec"), {})
     assert capsys.readouterr().out.startswith("torch.fx ")
     weights = "[p for p in compiled.parameters() if p.dim() > 1]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Annotated, Any, Union
 
@@ -10,6 +12,7 @@ import torch
 
 from rgc import Activation, Add, AvgPool, Conv, Graph, GraphError, Join, Multiply, Region, Scale, Value, rewrite
 from rgc.ir import Input, TensorType
+from rgc.passes import hygiene, merge_pointwise
 from rgc.region import affine_regions
 from rgc.rewrite import Rewrite, graph_pass, observed, unread_geometry
 
@@ -263,3 +266,16 @@ def _region_inside() -> Any:
 def test_a_malformed_rewrite_is_refused_when_it_is_written(write: Callable[[], Any], problem: str) -> None:
     with pytest.raises(GraphError, match=f"rewrite bad: {problem}"):
         write()
+
+
+def test_a_pass_is_pickled_as_where_it_is_found_and_copied_as_itself() -> None:
+    for each in (merge_pointwise, hygiene):
+        assert pickle.loads(pickle.dumps(each)) is each and copy.deepcopy(each) is each
+
+    @rewrite(lambda x, conv: conv(x))
+    def local(x: Value, conv: Conv) -> Value:
+        return conv(x)
+
+    with pytest.raises(pickle.PicklingError, match="the pass local is not .*local, where unpickling would look"):
+        pickle.dumps(local)
+    assert copy.deepcopy(local) is local

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import rgc
-from rgc.compiler import example_of
 from rgc.errors import InputError, NotEquivalentError
+from rgc.subject import example_of
 from rgc.testing import randomize
 from rgc.verify import DRAWS, LARGEST_DRAWN, Pair, draw_examples, require_level
 
@@ -240,6 +240,18 @@ def test_an_axis_of_one_element_that_only_the_original_broadcasts_is_no_differen
     assert compiled.report.ops_after == {"Linear": 1}
 
 
+def test_an_input_on_which_the_original_overflows_excuses_nothing_on_others() -> None:
+    """In float16 the large inputs that are drawn leave its range; the others still tell the two models apart."""
+    model = nn.Sequential(nn.Linear(4, 4)).eval().half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4) * 3e3)
+    x = torch.randn(2, 4).half()
+    found = rgc.verify(model, lambda x: model(x), x)
+    assert found.equal and found.original_error < 1e-2
+    wrong = rgc.verify(model, lambda x: model(x) * 1.05, x)
+    assert not wrong.equal
+
+
 class Gated(nn.Module):
     """The zero branch gives the sum its size, but not where that is one position."""
 
@@ -291,3 +303,21 @@ def test_what_differs_at_other_sizes_than_the_example_is_found(applies: Callable
         float64_pair(original, WrongWhere(applies)).check_in_float64(
             example_of(original, example), level="quick", free_sizes=True
         )
+
+
+def test_a_size_at_which_the_original_itself_makes_infinities_says_nothing() -> None:
+    """With dilation, all that a window of max pooling reads of one position is padding, which is -inf."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.norm = nn.MaxPool2d(2, padding=1, dilation=2), randomize(nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pool(x)
+            return torch.cat([y, self.norm(y), y], 1)
+
+    model = Pooled().eval()
+    assert not model(torch.randn(1, 3, 1, 1)).isfinite().all()
+    report = rgc.compile(model, torch.randn(2, 3, 9, 9), objective="depth", strict=True).report
+    assert not report.failures and report.rewrites

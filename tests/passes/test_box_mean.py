@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import rgc
 from rgc import passes
-from rgc.compiler import Options, compile_with, example_of
+from rgc.attempt import Options
+from rgc.compiler import compile_with
+from rgc.subject import example_of
 from rgc.testing import randomize
 
 ALONE = [passes.box_mean]

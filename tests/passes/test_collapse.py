@@ -16,7 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import rgc
 from rgc import passes
-from rgc.compiler import Options, compile_with, example_of
+from rgc.attempt import Options
+from rgc.compiler import compile_with
+from rgc.subject import example_of
 from rgc.testing import randomize
 
 collapse = passes.collapse
