@@ -10,7 +10,8 @@ proof draws. So a mutant is
 - *harmless*: every result is right. The argument why is printed for each of them, with the number of models that ran
   the line: other merges are made than before, each of them proved; or fewer; or only the words of a refusal differ; or
   the changed expression has, in every evaluation, the very value that it had before; or it has not, but all that comes
-  of it has the same bits.
+  of it has the same bits;
+- *not reached*: the line runs, but not this part of it (behind an `and`): nothing is said about it.
 
 The mutated code may be what the proof itself evaluates operators with, but the proof (`rgc.proof`, `rgc.verify`) is not
 mutated. Mutants, models and weights are the same in every run.
@@ -347,7 +348,7 @@ def _in_turn(lists: list[list[Mutant]]) -> Iterator[Mutant]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: "refused", "survivor" or "harmless", by what or why, after how many models."""
+    """What became of a mutant: "refused", "survivor", "harmless" or "not reached", by what, after how many models."""
 
     mutant: str
     file: str
@@ -407,8 +408,14 @@ def verdict_on(mutant: Mutant, models: Sequence[int], most: int = MOST_MODELS) -
         if status in ("refused", "survivor"):
             return _verdict(mutant, status, effect.partition(": ")[2], effects.total(), corpus()[index].name)
     how = next(each for each in _ARGUMENTS if effects[each])
-    if how == _SAME_BITS:
-        how = _observation(mutant, tried)
+    if how != _SAME_BITS:
+        return _verdict(mutant, "harmless", how, effects.total())
+    evaluations, differences = _observation(mutant, tried)
+    if not evaluations:
+        return _verdict(mutant, "not reached", "no model evaluates it", effects.total())
+    how = f"the same value in each of {evaluations:,} evaluations"
+    if differences:
+        how = f"another value in {differences:,} of {evaluations:,} evaluations, but {_SAME_BITS}"
     return _verdict(mutant, "harmless", how, effects.total())
 
 
@@ -419,17 +426,15 @@ _ROUNDING = "the same merges, with weights that differ by rounding"
 _ARGUMENTS = (_OTHER, _FEWER, _ROUNDING, _WORDS, _SAME_BITS)
 
 
-def _observation(mutant: Mutant, models: Sequence[int]) -> str:
-    """Why all that is made has the same bits: whether the mutated expression ever has another value."""
+def _observation(mutant: Mutant, models: Sequence[int]) -> tuple[int, int]:
+    """How often the mutated expression is evaluated, and how often it would have another value."""
     evaluations = differences = 0
     for index in models:
         _prepared(index)
         with observed(mutant) as found:
             compiled_again(index)
         evaluations, differences = evaluations + found.evaluations, differences + found.differences
-    if not differences:
-        return f"the same value in each of {evaluations:,} evaluations"
-    return f"another value in {differences:,} of {evaluations:,} evaluations, but {_SAME_BITS}"
+    return evaluations, differences
 
 
 def _verdict(mutant: Mutant, status: str, how: str, models: int, model: str = "") -> Verdict:
@@ -445,16 +450,17 @@ def _spread(models: Sequence[int], most: int, seed: int) -> list[int]:
 
 def _effect(mutant: Mutant, subject: Subject, prepared: _Prepared) -> str:
     """What compiling one model under the mutant comes to."""
-    try:
-        with planted(mutant), _patience():
-            compiled = _compiled(subject, prepared.model, prepared.example)
-    except _TooLongError:
-        return f"refused: no result within {PATIENCE} s"
-    except RgcError as error:
-        return f"refused: {type(error).__name__}"
-    # a fault in the compiler raises anything, and then nothing is handed out
-    except Exception as error:
-        return f"refused: raises {type(error).__name__}"
+    with planted(mutant):
+        try:
+            with _patience():
+                compiled = _compiled(subject, prepared.model, prepared.example)
+        except _TooLongError:
+            return f"refused: no result within {PATIENCE} s"
+        except RgcError as error:
+            return f"refused: {type(error).__name__}"
+        # a fault in the compiler raises anything, and then nothing is handed out
+        except Exception as error:
+            return f"refused: raises {type(error).__name__}"
     report = compiled.report
     wrong = _wrong(compiled, report, prepared)
     if wrong is not None:
@@ -533,11 +539,11 @@ def _patience() -> Iterator[None]:
 def print_verdicts(verdicts: Sequence[Verdict], pool: int, models: int) -> None:
     """The figures, by file; then every mutant that was not refused."""
     console = Console(width=200)
-    table = Table("file", "mutants", "refused", "survivors", "harmless", box=MARKDOWN)
+    table = Table("file", "mutants", "refused", "survivors", "harmless", "not reached", box=MARKDOWN)
     for file in [*dict.fromkeys(verdict.file for verdict in verdicts), None]:
         those = [verdict for verdict in verdicts if file in (None, verdict.file)]
         counts = Counter(verdict.status for verdict in those)
-        row = (len(those), counts["refused"], counts["survivor"], counts["harmless"])
+        row = (len(those), counts["refused"], counts["survivor"], counts["harmless"], counts["not reached"])
         table.add_row(file or "all", *map(str, row))
     console.print(f"{len(verdicts)} of {pool} mutants whose line runs, {models} models, torch {torch.__version__}\n")
     console.print(table)
@@ -545,10 +551,10 @@ def print_verdicts(verdicts: Sequence[Verdict], pool: int, models: int) -> None:
         by_how = Counter(_kind_of(verdict.how) for verdict in verdicts if verdict.status == status)
         console.print(f"\n{status}: " + ", ".join(f"{how} ({count})" for how, count in by_how.most_common()),
                       markup=False, soft_wrap=True)  # fmt: skip
-    for status in ("survivor", "harmless"):
+    for status in ("survivor", "harmless", "not reached"):
         those = [verdict for verdict in verdicts if verdict.status == status]
         if those:
-            console.print(f"\n{status}s\n", markup=False)
+            console.print(f"\n{status}\n", markup=False)
         for verdict in those:
             where = f" [{verdict.model}]" if verdict.model else f" (on {verdict.models} models)"
             console.print(f"- {verdict.mutant}: {verdict.how}{where}", markup=False, soft_wrap=True)

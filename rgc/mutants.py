@@ -14,7 +14,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, MappingProxyType
@@ -259,6 +259,9 @@ def _is_same(value: Any, other: Any) -> bool:
         return value.dtype == other.dtype and torch.equal(value, other)
     if isinstance(value, list | tuple) and isinstance(other, list | tuple):
         return len(value) == len(other) and all(map(_is_same, value, other))
+    if type(value) is type(other) and is_dataclass(value) and not isinstance(value, type):  # some compare by identity
+        left, right = vars(value), vars(other)
+        return left.keys() == right.keys() and all(_is_same(left[name], right[name]) for name in left)
     return value is other or (type(value) is type(other) and bool(value == other))
 
 
@@ -296,7 +299,7 @@ def _changes(node: ast.AST) -> list[Change]:
         case ast.Constant(bool() as value):
             return [("constant", f"`{value}` becomes `{not value}`", ast.Constant(not value))]
         case ast.Constant(int() | float() as number):
-            ways = (number + 1, number - 1) if isinstance(number, int) else (number * 2,)
+            ways = (number + 1, number - 1) if isinstance(number, int) else (number * 2 or 1.0,)
             return [("constant", f"`{number}` becomes `{other}`", ast.Constant(other)) for other in ways]
         case ast.Attribute(value, name) if name in _TWINS and isinstance(node.ctx, ast.Load):
             twin = ast.Attribute(value, _TWINS[name], ast.Load())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.mutation import FILES, all_mutants, compiled_again, corpus, sample, verdict_on
-from rgc import engine
+from rgc import Scale, engine
 from rgc.mutants import Mutant, Observed, mutants_of, observed, planted
 
 SOURCE = '''
@@ -49,6 +49,10 @@ def capped(x, left, right):
     return max(left, right) if x is not None and x < 3 else -left
 
 
+def halved(x):
+    return 0.5 * x + 0.0
+
+
 class Box:
     def __init__(self, stride):
         self.stride = stride
@@ -81,7 +85,7 @@ def test_only_what_runs_in_functions_is_mutated(module: ModuleType) -> None:
     assert module.__file__ is not None
     found = mutants_of(module.__file__)
     assert {each.function for each in found} == {
-        "require", "area", "twice.both", "shifted", "capped", "Box.__init__", "Box.step",
+        "require", "area", "twice.both", "shifted", "capped", "halved", "Box.__init__", "Box.step",
     }  # fmt: skip
     arithmetic = {each.change for each in found if each.kind in ("arithmetic", "term") and each.function == "area"}
     assert arithmetic == {
@@ -105,6 +109,8 @@ def test_only_what_runs_in_functions_is_mutated(module: ModuleType) -> None:
         ("capped", "always `max(left, right)`", lambda m: m.capped(5, 1, 2), -1, 2),
         ("capped", "`-left` loses its sign", lambda m: m.capped(5, 1, 2), -1, 1),
         ("capped", "`left` becomes `right`", lambda m: m.capped(1, 1, 2), 2, 2),
+        ("halved", "`0.0` becomes `1.0`", lambda m: m.halved(2), 1, 2),
+        ("halved", "`0.5` becomes `1.0`", lambda m: m.halved(2), 1, 2),
         ("Box.step", "`self.stride` becomes `self.dilation`", lambda m: m.Box(3).step(), 3, 7),
     ],
 )
@@ -162,6 +168,13 @@ def test_observing_counts_the_values_that_a_fault_would_change_and_changes_none(
 def test_a_fault_that_raises_has_another_value_and_tensors_are_compared_bit_for_bit() -> None:
     found = Observed()
     assert found(lambda: 1, lambda: {}["missing"]) == 1 and found == Observed(1, 1)
+    found = Observed()
+    for shift in (0.0, 1.0):
+        found(
+            lambda: Scale(torch.ones(1), torch.zeros(1)),
+            lambda shift=shift: Scale(torch.ones(1), torch.full((1,), shift)),
+        )
+    assert found == Observed(2, 1)
     for other, differences in ((torch.ones(2), 0), (torch.ones(2).double(), 1), (torch.ones(3), 1), (1.0, 1)):
         found = Observed()
         found(lambda: [torch.ones(2)], lambda other=other: [other])
