@@ -33,6 +33,7 @@ from rgc.models.repvgg import (
     repvgg_b3g2,
     repvgg_b3g4,
 )
+from rgc.models.slimmable_resnet import SlimmableResNet, slimmable_resnet20, us_resnet20
 from rgc.models.vanillanet import (
     VanillaBlock,
     VanillaNet,
@@ -54,6 +55,7 @@ __all__ = [
     "ReduceNet",
     "RepVGG",
     "RepVGGBlock",
+    "SlimmableResNet",
     "VanillaBlock",
     "VanillaNet",
     "acnet_resnet18",
@@ -76,6 +78,8 @@ __all__ = [
     "repvgg_b3",
     "repvgg_b3g2",
     "repvgg_b3g4",
+    "slimmable_resnet20",
+    "us_resnet20",
     "vanillanet5",
     "vanillanet6",
     "vanillanet7",
@@ -114,6 +118,8 @@ _FACTORIES: tuple[Callable[..., nn.Module], ...] = (
     repvgg_b3g4,
     acnet_resnet18,
     dbb_resnet18,
+    slimmable_resnet20,
+    us_resnet20,
 )
 
 
