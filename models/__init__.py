@@ -14,6 +14,8 @@ from torch import nn
 
 from rgc.errors import InputError
 from rgc.models.acnet import ACBlock, acnet_resnet18
+from rgc.models.branchynet import BranchyResNet, branchy_resnet20
+from rgc.models.condconv import CondConvResNet, condconv_resnet20
 from rgc.models.dbb import DiverseBranchBlock, dbb_resnet18
 from rgc.models.reducenet import ReduceBlock, ReduceNet, reducenet, reducenet20, reducenet56
 from rgc.models.repvgg import (
@@ -33,6 +35,7 @@ from rgc.models.repvgg import (
     repvgg_b3g2,
     repvgg_b3g4,
 )
+from rgc.models.skipnet import SkipNet, skipnet20
 from rgc.models.slimmable_resnet import SlimmableResNet, slimmable_resnet20, us_resnet20
 from rgc.models.vanillanet import (
     VanillaBlock,
@@ -50,15 +53,20 @@ from rgc.models.vanillanet import (
 
 __all__ = [
     "ACBlock",
+    "BranchyResNet",
+    "CondConvResNet",
     "DiverseBranchBlock",
     "ReduceBlock",
     "ReduceNet",
     "RepVGG",
     "RepVGGBlock",
+    "SkipNet",
     "SlimmableResNet",
     "VanillaBlock",
     "VanillaNet",
     "acnet_resnet18",
+    "branchy_resnet20",
+    "condconv_resnet20",
     "create",
     "dbb_resnet18",
     "names",
@@ -78,6 +86,7 @@ __all__ = [
     "repvgg_b3",
     "repvgg_b3g2",
     "repvgg_b3g4",
+    "skipnet20",
     "slimmable_resnet20",
     "us_resnet20",
     "vanillanet5",
@@ -120,6 +129,9 @@ _FACTORIES: tuple[Callable[..., nn.Module], ...] = (
     dbb_resnet18,
     slimmable_resnet20,
     us_resnet20,
+    branchy_resnet20,
+    skipnet20,
+    condconv_resnet20,
 )
 
 

@@ -4,11 +4,14 @@ The names that a training script takes from here; each lives in the file that an
 """
 
 from rgc.choices import Between, Choice, OneOf, Vector
+from rgc.conditional import CondConv2d
 from rgc.decay import DecayedActivation, DecayedLeakyReLU, SeriesActivation, set_decay
 from rgc.decay_schedule import DecayGroup, DecaySchedule
 from rgc.dynamic import Dynamic, choose
+from rgc.early_exit import EarlyExit, joint_exit_loss
 from rgc.knowledge_distillation import distillation_loss
 from rgc.linearization import linearize
+from rgc.skipping import SkipGate, Skippable
 from rgc.slimmable import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
@@ -20,13 +23,17 @@ from rgc.slimmable import (
 __all__ = [
     "Between",
     "Choice",
+    "CondConv2d",
     "DecayGroup",
     "DecaySchedule",
     "DecayedActivation",
     "DecayedLeakyReLU",
     "Dynamic",
+    "EarlyExit",
     "OneOf",
     "SeriesActivation",
+    "SkipGate",
+    "Skippable",
     "SlimmableBatchNorm2d",
     "SlimmableConv2d",
     "SlimmableLinear",
@@ -35,6 +42,7 @@ __all__ = [
     "channels_at",
     "choose",
     "distillation_loss",
+    "joint_exit_loss",
     "linearize",
     "set_decay",
 ]
