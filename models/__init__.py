@@ -17,6 +17,7 @@ from rgc.models.acnet import ACBlock, acnet_resnet18
 from rgc.models.branchynet import BranchyResNet, branchy_resnet20
 from rgc.models.condconv import CondConvResNet, condconv_resnet20
 from rgc.models.dbb import DiverseBranchBlock, dbb_resnet18
+from rgc.models.dsnet import DSNet, dsnet_small
 from rgc.models.reducenet import ReduceBlock, ReduceNet, reducenet, reducenet20, reducenet56
 from rgc.models.repvgg import (
     RepVGG,
@@ -55,6 +56,7 @@ __all__ = [
     "ACBlock",
     "BranchyResNet",
     "CondConvResNet",
+    "DSNet",
     "DiverseBranchBlock",
     "ReduceBlock",
     "ReduceNet",
@@ -69,6 +71,7 @@ __all__ = [
     "condconv_resnet20",
     "create",
     "dbb_resnet18",
+    "dsnet_small",
     "names",
     "reducenet",
     "reducenet20",
@@ -132,6 +135,7 @@ _FACTORIES: tuple[Callable[..., nn.Module], ...] = (
     branchy_resnet20,
     skipnet20,
     condconv_resnet20,
+    dsnet_small,
 )
 
 

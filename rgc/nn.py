@@ -19,9 +19,12 @@ from rgc.slimmable import (
     SwitchableBatchNorm2d,
     channels_at,
 )
+from rgc.slimming_gate import ChannelAttention, GatedWidth, SlimmingGate, gate_targets
+from rgc.width_training import EnsembleBootstrap, sandwich, sandwich_step
 
 __all__ = [
     "Between",
+    "ChannelAttention",
     "Choice",
     "CondConv2d",
     "DecayGroup",
@@ -30,6 +33,8 @@ __all__ = [
     "DecayedLeakyReLU",
     "Dynamic",
     "EarlyExit",
+    "EnsembleBootstrap",
+    "GatedWidth",
     "OneOf",
     "SeriesActivation",
     "SkipGate",
@@ -37,12 +42,16 @@ __all__ = [
     "SlimmableBatchNorm2d",
     "SlimmableConv2d",
     "SlimmableLinear",
+    "SlimmingGate",
     "SwitchableBatchNorm2d",
     "Vector",
     "channels_at",
     "choose",
     "distillation_loss",
+    "gate_targets",
     "joint_exit_loss",
     "linearize",
+    "sandwich",
+    "sandwich_step",
     "set_decay",
 ]
