@@ -61,7 +61,7 @@ def choose(model: nn.Module, **choices: Any) -> None:
     A value is one for all of them, or a dict from module paths to values, where a path stands for all modules below it
     and the longest that fits wins. ``None`` means that modules decide by their input, where they can.
 
-    Raises ``InputError`` for what the model does not have, before anything is changed.
+    Raises ``InputError`` for what the model does not have, and values that are not possible, before anything changes.
 
     >>> from rgc.nn import SlimmableLinear
     >>> layer = SlimmableLinear(8, 4, widths=(0.5, 1.0), slim_out=False)

@@ -19,6 +19,7 @@ def specialize(model: nn.Module, **choices: Any) -> nn.Module:
     The model is not changed. Each choice goes to every module that has it; a dict gives different values to different
     paths: ``keep={"blocks": True, "blocks.3": False}``, where the longest path wins.
 
+    Weights that are tied between dynamic layers become one copy for each of them: the same function, no longer tied.
     Layers that are the identity in evaluation (dropout, torchvision's StochasticDepth, timm's DropPath) are static
     already: they stay, and `rgc.compile` drops them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import rgc
 from rgc import models
 from rgc.errors import InputError
+from rgc.loading import load_model
 from rgc.nn import Dynamic, OneOf, SlimmableConv2d, SlimmableLinear, choose
 from rgc.testing import randomize
 
@@ -219,3 +221,40 @@ def test_stochastic_depth_is_static_in_evaluation_and_compiled_away(drop: nn.Mod
     static = rgc.specialize(model, width=0.5)
     compiled = rgc.compile(static, torch.randn(1, 4, 9, 9))
     assert dict(compiled.report.ops_after) == {"Conv2d": 1}
+
+
+ZOO: list[tuple[str, dict[str, Any]]] = [
+    ("slimmable_resnet20", {"width": 0.5}),
+    ("us_resnet20", {"width": 0.45}),
+    ("dsnet_small", {"width": 0.5}),
+    ("branchy_resnet20", {"exit": 1}),
+    ("skipnet20", {"keep": False}),
+    ("condconv_resnet20", {"routing": [0.5, 0.0, 0.25, 1.0]}),
+]
+
+
+@pytest.mark.parametrize(("name", "choices"), ZOO)
+def test_models_of_the_zoo_are_loaded_without_trust_before_and_after(
+    name: str, choices: dict[str, Any], tmp_path: Path
+) -> None:
+    model = randomize(models.create(name))
+    static = rgc.specialize(model, **choices)
+    x = torch.randn(2, 3, 16, 16)
+    for file, each in (("dynamic.pt", model), ("static.pt", static)):
+        torch.save(each, tmp_path / file)
+        assert torch.equal(load_model(str(tmp_path / file))(x), each(x))
+    choose(model, **choices)
+    assert torch.equal(static(x), model(x))
+    assert static.example_inputs()[0].shape == (1, 3, 32, 32)  # type: ignore[operator]  # every model of the zoo has it
+
+
+def test_tied_weights_become_a_copy_for_each() -> None:
+    first = SlimmableLinear(4, 4, widths=(0.5, 1.0))
+    second = SlimmableLinear(4, 4, widths=(0.5, 1.0))
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    static = rgc.specialize(model, width=0.5)
+    choose(model, width=0.5)
+    assert torch.equal(static[0].weight, static[1].weight) and static[0].weight is not static[1].weight
+    x = torch.randn(3, 2)
+    assert torch.equal(static(x), model(x))
