@@ -1,7 +1,7 @@
 """How does a network stop early? Heads between its stages, of which the first that is sure of itself answers.
 
-BranchyNet (arXiv 1709.01686): a head is sure where the entropy of its softmax is below its threshold (section III-C),
-and all heads are trained together, by the weighted sum of their losses (section III-B).
+BranchyNet (arXiv 1709.01686): a head is sure where the entropy of its softmax is below its threshold,
+and all heads are trained together, by the weighted sum of their losses.
 """
 
 from __future__ import annotations

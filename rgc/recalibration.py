@@ -1,6 +1,6 @@
 """How does a network whose weights or width changed get batch norm statistics again? They are measured on data.
 
-Post-statistics of batch norm, arXiv 1903.05134, section 3.3: the average over batches of each batch's mean and
+Post-statistics of batch norm, arXiv 1903.05134: the average over batches of each batch's mean and
 (unbiased) variance, as ``nn.BatchNorm2d`` itself gathers it with ``momentum=None``.
 """
 

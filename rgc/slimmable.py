@@ -214,7 +214,7 @@ class SlimmableLinear(Dynamic):
 
 @final
 class SwitchableBatchNorm2d(Dynamic):
-    """A batch norm for each width, with parameters and statistics of its own (arXiv 1812.08928, section 3.3).
+    """A batch norm for each width, with parameters and statistics of its own (arXiv 1812.08928, section 3).
 
     Input [batch, channels_at(num_features, width), height, width]. ``eps`` and ``momentum`` are of ``nn.BatchNorm2d``.
 
@@ -263,7 +263,7 @@ class SwitchableBatchNorm2d(Dynamic):
 
 @final
 class SlimmableBatchNorm2d(Dynamic):
-    """One batch norm whose first channels serve every width of an interval (arXiv 1903.05134, section 3.3).
+    """One batch norm whose first channels serve every width of an interval (arXiv 1903.05134, section 3).
 
     In training it uses the statistics of the batch, and keeps the running ones up to date at width 1 only: at other
     widths the channels in front carry other values, and the average over widths would fit none of them. So a narrower

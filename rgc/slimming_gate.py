@@ -1,6 +1,6 @@
 """How does a network pick its width by its input? A gate with two heads: one that attends, one that picks.
 
-The double-headed slimming gate of DS-Net (arXiv 2103.13258, section 3.3), and the targets it learns from (section 3.4).
+The double-headed slimming gate of DS-Net (arXiv 2103.13258, section 3), and the targets it learns from.
 """
 
 from __future__ import annotations

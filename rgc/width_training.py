@@ -1,7 +1,7 @@
 """How is a network trained at many widths at once? The largest learns from labels, the others from what it says.
 
-The sandwich rule and in-place distillation (arXiv 1903.05134, sections 3.2 and 3.4), and in-place ensemble
-bootstrapping, whose teacher is a moving average (DS-Net, arXiv 2103.13258, section 3.2).
+The sandwich rule and in-place distillation (arXiv 1903.05134), and in-place ensemble
+bootstrapping, whose teacher is a moving average (DS-Net, arXiv 2103.13258, section 3).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class EnsembleBootstrap:
     """In-place ensemble bootstrapping: a moving average of the model teaches its narrower widths.
 
     The largest width learns from the labels, random ones from the largest of the teacher, the smallest from the mean of
-    the probabilities of the teacher's largest and random ones (section 3.2, equations 4 to 6). The teacher is in
+    the probabilities of the teacher's largest and random ones. The teacher is in
     training mode, so that batch norms use the batch; it gets no gradient, and belongs in a checkpoint (it is a module).
 
     decay: of the moving average. Raises ``InputError`` for one outside [0, 1), and for a model without widths.
