@@ -49,11 +49,13 @@ from rgc.rearrange import (
     Rearrangement,
     Subsample,
 )
+from rgc.recalibration import recalibrate
 from rgc.region import Join, Region
 from rgc.report import ErrorBound, Firing, OutputBound, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.sparsity import block_diagonal, regroup_by_sparsity
+from rgc.specialization import specialize
 from rgc.tail import AxisSums, Tail, averaged, tail_of
 from rgc.verify import verify
 from rgc.views import (
@@ -80,6 +82,6 @@ __all__ = [
     "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "average_pool_at",
     "averaged", "bench", "bisect", "block_diagonal", "border", "carried_axis", "carrying_axis", "compile",
     "compose", "error_bound", "explain", "graph_pass", "inverts", "is_adaptive_average", "is_permutation",
-    "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated", "require",
-    "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
+    "is_reshape", "load", "models", "nn", "passes", "range_of", "recalibrate", "regroup_by_sparsity", "relocated",
+    "require", "rewrite", "save", "specialize", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
 ]  # fmt: skip
