@@ -168,7 +168,8 @@ class Pair:
                 found = self._expected(drawn)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the original itself does not take this size, so nothing can be said about it
-            if _has_new_ones(drawn, example) and not self._takes(drawn):
+            may_decline = _has_new_ones(drawn, example) or (_is_whole(first) and not _is_whole(found))
+            if may_decline and not self._takes(drawn):
                 continue
             if _is_finite(first) and not _is_finite(found):
                 continue  # a window of nothing but padding, say: what computes with infinities may become NaN
@@ -223,7 +224,7 @@ class Pair:
         return exact
 
     def _takes(self, example: Example) -> bool:
-        """Does the compiled form run? An axis of one element may broadcast in the original; a layer refuses it."""
+        """Does the compiled form run? One element may broadcast in the original, or a crop leave none; a layer refuses."""
         try:
             if self.compiled_reference is not None:
                 _run(self.compiled_reference, example.cast(torch.float64))
@@ -485,6 +486,11 @@ def _has_new_ones(drawn: Example, example: Example) -> bool:
     """Has an axis behind the batch one element, where the example has more?"""
     pairs = zip(drawn.tensors, example.tensors, strict=True)
     return any(n == 1 < m for ours, theirs in pairs for n, m in zip(ours.shape[1:], theirs.shape[1:], strict=True))
+
+
+def _is_whole(output: Any) -> bool:
+    """Has every tensor an element?"""
+    return all(leaf.numel() for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
 
 
 def _describe(example: Example) -> str:

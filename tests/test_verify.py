@@ -321,3 +321,24 @@ def test_a_size_at_which_the_original_itself_makes_infinities_says_nothing() -> 
     assert not model(torch.randn(1, 3, 1, 1)).isfinite().all()
     report = rgc.compile(model, torch.randn(2, 3, 9, 9), objective="depth", strict=True).report
     assert not report.failures and report.rewrites
+
+
+class Cropped(nn.Module):
+    """A padded convolution whose border is cut off, which is a convolution without padding where anything is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return torch.relu(y[..., 1:-1, 1:-1])
+
+
+def test_a_drawn_input_of_which_the_original_leaves_nothing_is_no_difference() -> None:
+    original, example = Cropped().eval(), torch.randn(2, 3, 4, 4)
+    assert original(example[..., :2, :2]).numel() == 0
+    compiled = rgc.compile(original, example, objective="depth", strict=True)
+    assert compiled.report.ops_after == {"Conv2d": 1, "ReLU": 1} and not compiled.report.fixed_size
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        compiled(example[..., :2, :2])
