@@ -10,6 +10,7 @@ from rgc import models, nn, testing
 from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, unit
 from rgc.compiler import CompiledModule, Plan, compile
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
+from rgc.expansion import expand
 from rgc.explainer import explain
 from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
@@ -77,7 +78,8 @@ __all__ = [
     "PixelShuffle", "PixelUnshuffle", "Plan", "Rearrangement", "Refusal", "Refused", "Region", "Report", "Rewrite",
     "RgcError", "Scale", "Structural", "Subsample", "Tail", "TensorType", "TraceError", "Unflatten", "Upsample",
     "Value", "Verification", "add", "average_pool_at", "averaged", "bench", "block_diagonal", "border",
-    "carried_axis", "carrying_axis", "compile", "compose", "explain", "graph_pass", "inverts", "is_adaptive_average",
-    "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated",
-    "require", "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
+    "carried_axis", "carrying_axis", "compile", "compose", "expand", "explain", "graph_pass", "inverts",
+    "is_adaptive_average", "is_permutation", "is_reshape", "load", "models", "nn", "passes", "range_of",
+    "regroup_by_sparsity", "relocated", "require", "rewrite", "save", "tail_of", "takes_shape_of_another", "testing",
+    "unit", "verify",
 ]  # fmt: skip
