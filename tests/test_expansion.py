@@ -30,7 +30,7 @@ def resnet() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet": resnet, "mobilenet_v2": mobilenet, "reducenet8": lambda: ReduceNet(8, widths=(8, 8, 8)),
-    "timm ConvNormAct": lambda: nn.Sequential(timm.layers.ConvNormAct(3, 8, 3, stride=2), timm.layers.ConvNormAct(8, 8, 3)),
+    "timm ConvNormAct": lambda: nn.Sequential(*(timm.layers.ConvNormAct(n, 8, 3, stride=2) for n in (3, 8))),
 }  # fmt: skip
 CASES = [(name, "repvgg") for name in MODELS] + [("mobilenet_v2", "dbb"), ("reducenet8", "acnet")]
 
