@@ -80,13 +80,13 @@ def expand(model: nn.Module, block: str = "repvgg", where: Which | None = None) 
         except Refusal as refusal:
             reason = refusal.reason
         if reason and path in named:
-            raise InputError(f"expand: {path} cannot become a {block} block: {reason}")
+            raise InputError(f"expand: {path} cannot become a block {block!r}: {reason}")
         if reason:
             refused[path] = reason
     told = "; ".join(f"{path}: {reason}" for path, reason in refused.items())
     if not new:
         raise InputError(
-            f"expand: no convolution of {type(model).__name__} becomes a {block} block ({told or 'none is chosen'})"
+            f"expand: no convolution of {type(model).__name__} becomes a block {block!r} ({told or 'none is chosen'})"
         )
     if told:
         warnings.warn(f"expand: left as they are: {told}", stacklevel=2)

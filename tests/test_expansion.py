@@ -121,8 +121,8 @@ def test_where_takes_paths_containers_and_a_predicate() -> None:
     ("block", "where", "message"),
     [
         ("repvg", None, "there is no block 'repvg'"),
-        ("acnet", ["0"], "0 cannot become a acnet block: an even kernel"),
-        ("acnet", None, "no convolution of Sequential becomes a acnet block"),
+        ("acnet", ["0"], "0 cannot become a block 'acnet': an even kernel"),
+        ("acnet", None, "no convolution of Sequential becomes a block 'acnet'"),
         ("repvgg", ["1"], "no convolution is named '1'"),
         ("repvgg", "0", r"write \['0'\]"),
         ("repvgg", lambda path, conv: False, "none is chosen"),
