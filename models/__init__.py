@@ -14,7 +14,10 @@ from torch import nn
 
 from rgc.errors import InputError
 from rgc.models.acnet import ACBlock, acnet_resnet18
+from rgc.models.branchynet import BranchyResNet, branchy_resnet20
+from rgc.models.condconv import CondConvResNet, condconv_resnet20
 from rgc.models.dbb import DiverseBranchBlock, dbb_resnet18
+from rgc.models.dsnet import DSNet, dsnet_small
 from rgc.models.reducenet import ReduceBlock, ReduceNet, reducenet, reducenet20, reducenet56
 from rgc.models.repvgg import (
     RepVGG,
@@ -33,6 +36,8 @@ from rgc.models.repvgg import (
     repvgg_b3g2,
     repvgg_b3g4,
 )
+from rgc.models.skipnet import SkipNet, skipnet20
+from rgc.models.slimmable_resnet import SlimmableResNet, slimmable_resnet20, us_resnet20
 from rgc.models.vanillanet import (
     VanillaBlock,
     VanillaNet,
@@ -49,16 +54,24 @@ from rgc.models.vanillanet import (
 
 __all__ = [
     "ACBlock",
+    "BranchyResNet",
+    "CondConvResNet",
+    "DSNet",
     "DiverseBranchBlock",
     "ReduceBlock",
     "ReduceNet",
     "RepVGG",
     "RepVGGBlock",
+    "SkipNet",
+    "SlimmableResNet",
     "VanillaBlock",
     "VanillaNet",
     "acnet_resnet18",
+    "branchy_resnet20",
+    "condconv_resnet20",
     "create",
     "dbb_resnet18",
+    "dsnet_small",
     "names",
     "reducenet",
     "reducenet20",
@@ -76,6 +89,9 @@ __all__ = [
     "repvgg_b3",
     "repvgg_b3g2",
     "repvgg_b3g4",
+    "skipnet20",
+    "slimmable_resnet20",
+    "us_resnet20",
     "vanillanet5",
     "vanillanet6",
     "vanillanet7",
@@ -114,6 +130,12 @@ _FACTORIES: tuple[Callable[..., nn.Module], ...] = (
     repvgg_b3g4,
     acnet_resnet18,
     dbb_resnet18,
+    slimmable_resnet20,
+    us_resnet20,
+    branchy_resnet20,
+    skipnet20,
+    condconv_resnet20,
+    dsnet_small,
 )
 
 

@@ -113,7 +113,7 @@ def pooling_of_rounded_up_size_that_is_odd() -> nn.Module:
 
 @merge_pointwise.fires_on(shape=(2, 8, 8, 8))
 def pointwise_with_bias_before_a_padded_convolution_of_groups() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(8, 32, 1, groups=2), nn.Conv2d(32, 8, 3, padding=1, groups=8)).eval()
+    return nn.Sequential(nn.Conv2d(8, 96, 1, groups=2), nn.Conv2d(96, 8, 3, padding=1, groups=8)).eval()
 
 
 @merge_pointwise.leaves_alone(shape=(2, 8, 8, 8), because="bias map")

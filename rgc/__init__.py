@@ -11,6 +11,7 @@ from rgc.algebra import Conv, Deferred, Linear, Scale, add, border, compose, uni
 from rgc.attribution import Attribution
 from rgc.compiler import CompiledModule, Plan, bisect, compile, error_bound
 from rgc.errors import GraphError, InputError, NotEquivalentError, Refusal, RgcError, TraceError, require
+from rgc.expansion import expand
 from rgc.explainer import explain
 from rgc.explanation import Explanation
 from rgc.ir import Graph, Operator, Origin, TensorType, Value
@@ -49,11 +50,13 @@ from rgc.rearrange import (
     Rearrangement,
     Subsample,
 )
+from rgc.recalibration import recalibrate
 from rgc.region import Join, Region
 from rgc.report import ErrorBound, Firing, OutputBound, Refused, Report, Verification
 from rgc.rewrite import GraphPass, Rewrite, graph_pass, rewrite
 from rgc.saving import load, save
 from rgc.sparsity import block_diagonal, regroup_by_sparsity
+from rgc.specialization import specialize
 from rgc.tail import AxisSums, Tail, averaged, tail_of
 from rgc.verify import verify
 from rgc.views import (
@@ -79,7 +82,7 @@ __all__ = [
     "Refusal", "Refused", "Region", "Report", "Rewrite", "RgcError", "Scale", "Structural", "Subsample", "Tail",
     "TensorType", "TraceError", "Unflatten", "Upsample", "Value", "Verification", "add", "average_pool_at",
     "averaged", "bench", "bisect", "block_diagonal", "border", "carried_axis", "carrying_axis", "compile",
-    "compose", "error_bound", "explain", "graph_pass", "inverts", "is_adaptive_average", "is_permutation",
-    "is_reshape", "load", "models", "nn", "passes", "range_of", "regroup_by_sparsity", "relocated", "require",
-    "rewrite", "save", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
+    "compose", "error_bound", "expand", "explain", "graph_pass", "inverts", "is_adaptive_average", "is_permutation",
+    "is_reshape", "load", "models", "nn", "passes", "range_of", "recalibrate", "regroup_by_sparsity", "relocated",
+    "require", "rewrite", "save", "specialize", "tail_of", "takes_shape_of_another", "testing", "unit", "verify",
 ]  # fmt: skip

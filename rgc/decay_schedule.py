@@ -174,7 +174,7 @@ def _members(groups: list[DecayGroup], found: dict[str, DecayedActivation | Deca
     return members
 
 
-def chosen_paths(which: Which, modules: dict[str, Any], asker: str) -> list[str]:
+def chosen_paths(which: Which, modules: dict[str, Any], asker: str, kind: str = "activation") -> list[str]:
     """The paths among ``modules`` that ``which`` chooses; ``InputError`` with suggestions for one that is none of them.
 
     A path also chooses what lies below it.
@@ -187,7 +187,7 @@ def chosen_paths(which: Which, modules: dict[str, Any], asker: str) -> list[str]
         if not below:
             close = get_close_matches(str(name), modules)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {_some(modules)}"
-            raise InputError(f"{asker}: no activation is named {name!r}; {hint}")
+            raise InputError(f"{asker}: no {kind} is named {name!r}; {hint}")
         chosen.update(below)
     return [path for path in modules if path in chosen]
 

@@ -20,6 +20,7 @@ import pickle
 import pickletools
 import sys
 import types
+from abc import ABCMeta
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ from torch import nn
 
 _PACKAGES = (
     "torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers",
-    "rgc.nn", "rgc.decay", "rgc.models",
+    "rgc.nn", "rgc.models", "rgc.choices", "rgc.conditional", "rgc.decay", "rgc.early_exit", "rgc.skipping",
+    "rgc.slimmable", "rgc.slimming_gate",
 )  # fmt: skip
 _FUNCTION_HOMES = ("torch.nn.functional", "torch._C._nn", "torchvision.ops")
 _REBUILDERS = frozenset(
@@ -202,7 +204,10 @@ def _is_plain_class(found: object) -> bool:
 
     A layer may bring its own ``__setstate__``: that is library code which mends the attributes of older releases.
     """
-    if type(found) is not type or not _is_within(found.__module__, _PACKAGES):
+    if not isinstance(found, type) or not _is_within(found.__module__, _PACKAGES):
+        return False
+    # Another metaclass may run code; that of abstract classes runs none, and our own dynamic layers have it.
+    if type(found) is not type and not (type(found) is ABCMeta and _is_within(found.__module__, ("rgc",))):
         return False
     # A graph module compiles source text that it keeps as state.
     if _defines(found, "__new__", "__del__") or issubclass(found, torch.fx.GraphModule | torch.jit.ScriptModule):

@@ -224,7 +224,7 @@ class Pair:
         return exact
 
     def _takes(self, example: Example) -> bool:
-        """Does the compiled form run? Where one element broadcasts, or a crop leaves none, a layer may refuse."""
+        """Does the compiled form run? One element may broadcast there, a crop leave none: a layer refuses both."""
         try:
             if self.compiled_reference is not None:
                 _run(self.compiled_reference, example.cast(torch.float64))

@@ -31,7 +31,7 @@ from rgc.laws import SMALL, LawError, degree_on_a_line, prove
 from rgc.rewrite import Pass
 
 EVERY = (*passes.ALL, *passes.OPT_IN)
-PIECEWISE = {"remove_linear_activation", "exchange_max_pool", "single_path"}
+PIECEWISE = {"drop_dead_channels", "remove_linear_activation", "exchange_max_pool", "single_path"}
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def test_the_python_of_the_readme_runs() -> None:
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)  # the README's own code
     report = names["compiled"].report  # type: ignore[attr-defined]  # a CompiledModule
-    assert report.ops_after["BatchNorm2d"] == 0 and len(blocks) == 3
+    assert report.ops_after["BatchNorm2d"] == 0 and len(blocks) == 4
 
 
 def test_the_python_of_the_page_on_proofs_runs() -> None:

@@ -157,3 +157,8 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "timm.models", None)
     with pytest.raises(pickle.UnpicklingError, match="it needs timm.models, which does not import here"):
         judge(HEAD + name("timm.models.resnet", "ResNet") + b".")
+
+
+def test_abstract_classes_are_plain_only_where_they_are_ours() -> None:
+    assert judge(HEAD + name("rgc.slimmable", "SlimmableConv2d") + b".").refused == ()
+    assert judge(HEAD + name("torch.nn.utils.prune", "RandomUnstructured") + b".").refused != ()
