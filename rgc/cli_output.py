@@ -110,8 +110,11 @@ def print_calibration(out: Console, made: Calibration, path: Path) -> None:
 
 def print_written(out: Console, artifact: Artifact) -> None:
     """What there is to say about a new artifact, its path and size last."""
+    from rgc.certificate import certificate_of
+
     for note in artifact.notes:
         out.print(Text(f"note: {note}"))
+    out.print(Text(f"certificate: {one_line(certificate_of(artifact.path, artifact.format))}"), soft_wrap=True)
     free = artifact.free_dimensions
     freedom = "" if free is None else f"; free dimensions: {', '.join(free) or 'none'}"
     slash = "/" if artifact.format == "python" else ""

@@ -618,7 +618,8 @@ def test_compile_explains_after_its_report(folder: Path, capsys: pytest.CaptureF
     assert run(["compile", "model.pt", *SMALL, "--explain", "conv,bn"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(at for at, line in enumerate(lines) if "proved equal" in line) < lines.index("conv,bn in Sequential")
-    assert lines[-1].startswith("wrote model.fused.pt2 (") and lines[-2].strip() == ""
+    assert lines[-1].startswith("wrote model.fused.pt2 (") and lines[-3].strip() == ""
+    assert lines[-2] == "certificate: model.fused.pt2.certificate.json"
 
 
 @pytest.mark.parametrize("command", ["compile", "inspect"])
