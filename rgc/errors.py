@@ -43,6 +43,15 @@ class Refusal(RgcError):  # noqa: N818 - a value as much as an error
         self.reason = reason
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class where it says nothing; at most 160 characters.
+
+    >>> first_line(ValueError("no such layer\\nsecond line")), first_line(KeyError())
+    ('no such layer', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def require(condition: bool, reason: str) -> None:
     """Refuse the rewrite under way, with a reason, unless ``condition`` holds.
 

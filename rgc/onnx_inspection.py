@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rgc.errors import InputError
+from rgc.errors import InputError, first_line
 
 if TYPE_CHECKING:  # onnx takes a second to import, and most uses of rgc never need it
     import onnx
@@ -27,7 +27,7 @@ def require_plain_onnx(path: Path, most_bytes: int) -> None:
     try:
         model = onnx.ModelProto.FromString(path.read_bytes())
     except (DecodeError, ValueError) as error:
-        raise InputError(f"{path} is not an ONNX model, or is damaged: {_first_line(error)}") from error
+        raise InputError(f"{path} is not an ONNX model, or is damaged: {first_line(error)}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if not model.HasField("graph"):
@@ -133,7 +133,3 @@ def _repeated(names: list[str]) -> str:
 
 def _describe(node: onnx.NodeProto) -> str:
     return f"{node.op_type[:40]} {node.name[:40]!r}" if node.name else str(node.op_type)[:40]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -69,9 +69,8 @@ def check_firing(
             return None  # all of it is cut off
         try:
             found, _ = _run(after, new, inputs)
-        except (
-            Exception
-        ) as error:  # the result is its author's code, weights that are put off too, and may raise anything
+        # The result is its author's code, weights that are put off too, and may raise anything.
+        except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip()[:160]}"
             raise NotEquivalentError(f"{old.where}: the result fails on a random input of {size}: {reason}") from error
         distance = relative_difference(expected, found, scale)
@@ -149,7 +148,7 @@ def small_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tup
 
 
 def _smallest_shapes(values: list[Value], sources: Sequence[Value]) -> list[list[tuple[int, ...]]]:
-    """One position, and as many as the widest window, on every axis alike; none as for `_small_shapes`."""
+    """One position, and as many as the widest window, on every axis alike; none as for `small_shapes`."""
     axes = _free_axes(values, sources)
     if not axes:
         return []

@@ -150,8 +150,24 @@ class SlimmableConv2d(Dynamic):
         return self.weight[:outputs, : inputs // groups], bias
 
 
+class _OfWidths(Dynamic):
+    """A layer whose one choice is its width, which any of ``widths`` may be."""
+
+    widths: OneOf | Between
+    width: float
+
+    def choices(self) -> Mapping[str, Choice]:
+        """The width."""
+        return {"width": self.widths}
+
+    def choose(self, **choices: Any) -> None:
+        """Run at this ``width`` from now on."""
+        for value in choices.values():
+            self.width = self.widths.checked(value)
+
+
 @final
-class SlimmableLinear(Dynamic):
+class SlimmableLinear(_OfWidths):
     """A linear layer that uses the first of its features: ``weight[:out, :in]`` at the chosen width.
 
     Arguments as of `SlimmableConv2d`. Behind a flattened map of p positions, ``divisor`` is p times that of the map.
@@ -180,15 +196,6 @@ class SlimmableLinear(Dynamic):
         whole = nn.Linear(in_features, out_features, bias)
         self.weight, self.bias = whole.weight, whole.bias
 
-    def choices(self) -> Mapping[str, Choice]:
-        """The width."""
-        return {"width": self.widths}
-
-    def choose(self, **choices: Any) -> None:
-        """Run at this ``width`` from now on."""
-        for value in choices.values():
-            self.width = self.widths.checked(value)
-
     def specialized(self, **choices: Any) -> nn.Module:
         """An ``nn.Linear`` with the weights of this width."""
         weight, bias = self._sliced(choices["width"])
@@ -213,7 +220,7 @@ class SlimmableLinear(Dynamic):
 
 
 @final
-class SwitchableBatchNorm2d(Dynamic):
+class SwitchableBatchNorm2d(_OfWidths):
     """A batch norm for each width, with parameters and statistics of its own (arXiv 1812.08928, section 3).
 
     Input [batch, channels_at(num_features, width), height, width]. ``eps`` and ``momentum`` are of ``nn.BatchNorm2d``.
@@ -243,26 +250,21 @@ class SwitchableBatchNorm2d(Dynamic):
         counts = [channels_at(num_features, width, divisor) for width in choice.values]
         self.bn = nn.ModuleList(nn.BatchNorm2d(count, eps, momentum) for count in counts)
 
-    def choices(self) -> Mapping[str, Choice]:
-        """The width."""
-        return {"width": self.widths}
-
-    def choose(self, **choices: Any) -> None:
-        """Run at this ``width`` from now on."""
-        for value in choices.values():
-            self.width = self.widths.checked(value)
-
     def specialized(self, **choices: Any) -> nn.Module:
         """The batch norm of this width."""
-        return self.bn[self.widths.values.index(choices["width"])]
+        return self._norm(choices["width"])
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = self.bn[self.widths.values.index(self.width)](x)
+        normalised: Tensor = self._norm(self.width)(x)
         return normalised
+
+    def _norm(self, width: float) -> nn.Module:
+        assert isinstance(self.widths, OneOf)
+        return self.bn[self.widths.values.index(width)]
 
 
 @final
-class SlimmableBatchNorm2d(Dynamic):
+class SlimmableBatchNorm2d(_OfWidths):
     """One batch norm whose first channels serve every width of an interval (arXiv 1903.05134, section 3).
 
     In training it uses the statistics of the batch, and keeps the running ones up to date at width 1 only: at other
@@ -289,15 +291,6 @@ class SlimmableBatchNorm2d(Dynamic):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-
-    def choices(self) -> Mapping[str, Choice]:
-        """The width."""
-        return {"width": self.widths}
-
-    def choose(self, **choices: Any) -> None:
-        """Run at this ``width`` from now on."""
-        for value in choices.values():
-            self.width = self.widths.checked(value)
 
     def specialized(self, **choices: Any) -> nn.Module:
         """An ``nn.BatchNorm2d`` of the channels in front."""

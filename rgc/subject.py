@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rgc.errors import InputError
+from rgc.errors import InputError, first_line
 from rgc.example import Example, copy_model, precise_form
 from rgc.proof import TOLERANCE
 
@@ -121,7 +121,3 @@ class Subject:
                 f"{type(model).__name__} does not run on an input of {shapes}: {first_line(error)}"
             ) from error
         return Subject(model, device, plain, on_cpu, expected, False, False, 256 * torch.finfo(dtype).eps, (note,))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rgc.data import Sample, samples_of
-from rgc.errors import InputError, NotEquivalentError
+from rgc.errors import InputError, NotEquivalentError, first_line
 from rgc.example import Example, output_difference, precise_form, runnable, runnable_in_float64
 from rgc.precision import Jittered, ReadOnlyModel, jittered
 from rgc.proof import TOLERANCE
@@ -186,8 +186,7 @@ class Pair:
             try:
                 found = self._expected(sample.example)
             except Exception as error:  # forward is the user's own and may raise anything
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-                raise InputError(f"the model does not run on {sample.name}: {reason}") from error
+                raise InputError(f"the model does not run on {sample.name}: {first_line(error)}") from error
             with _naming(sample.name):
                 exact = max(exact, self._exact_difference(sample.example, found, LARGEST_ROUNDING_IF_DRAWN))
             cases.append(Case.of(sample.example, found, sample.name))
