@@ -55,7 +55,7 @@ def samples_of(data: Any, example: Example, model: nn.Module) -> tuple[Sample, .
 
     Raises `InputError` for data of another form, without samples, of different numbers of them, or with NaN.
     """
-    call = _call(data)
+    call = Example.of(data)
     try:
         given, wanted = call.bind(model), example.bind(model)
     except InputError as error:
@@ -102,14 +102,6 @@ def _starts(count: int, size: int) -> Iterator[int]:
 def _length(given: Any, like: Any, batch: int | None) -> int:
     """How many samples a tensor has; -1 for what has no axis of samples."""
     return given.shape[0] if isinstance(like, Tensor) and like.dim() and like.shape[0] == batch else -1
-
-
-def _call(data: Any) -> Example:
-    if isinstance(data, Example):
-        return data
-    if isinstance(data, dict):
-        return Example((), data)
-    return Example(tuple(data) if isinstance(data, list | tuple) else (data,))
 
 
 def _fitting(name: str, given: Any, like: Any, batch: int | None) -> Any:

@@ -30,6 +30,15 @@ class Example:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def of(given: Any) -> Example:
+        """The call that a tensor, a tuple of positional or a dict of keyword arguments stands for."""
+        if isinstance(given, Example):
+            return given
+        if isinstance(given, dict):
+            return Example((), given)
+        return Example(tuple(given) if isinstance(given, list | tuple) else (given,))
+
     def cast(self, dtype: torch.dtype) -> Example:
         """The same call with floating-point tensors in ``dtype``; every tensor a copy."""
 

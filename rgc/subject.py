@@ -60,11 +60,7 @@ def example_of(model: nn.Module, given: Any) -> Example:
         except Exception as error:  # it is the model's own code, which may raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"example_inputs() of {type(model).__name__} raised {reason}; pass an example") from error
-    if isinstance(given, Example):
-        return given
-    if isinstance(given, dict):
-        return Example((), given)
-    return Example(tuple(given) if isinstance(given, list | tuple) else (given,))
+    return Example.of(given)
 
 
 def floating_dtype(model: nn.Module, example: Example) -> torch.dtype:
